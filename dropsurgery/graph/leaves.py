@@ -1,0 +1,104 @@
+"""Which modules stay whole in a traced graph, and which functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dropsurgery.errors import ArgumentError, ArgumentTypeError
+
+# Layers of other libraries that read their own `training` flag, by qualified name, so that nothing
+# needs to be imported to recognise them.
+DROP_PATHS = frozenset(
+    {
+        "timm.layers.drop.DropPath",
+        "torchvision.ops.stochastic_depth.StochasticDepth",
+        "dropsurgery.layers.drop_path.DropPath",
+    }
+)
+FROZEN_BATCHNORMS = frozenset({"torchvision.ops.misc.FrozenBatchNorm2d"})
+OTHER_LEAVES = frozenset(
+    {
+        "timm.layers.drop.DropBlock2d",
+        "timm.layers.patch_dropout.PatchDropout",
+        "timm.layers.patch_dropout.PatchDropoutWithIndices",
+        "torchvision.ops.drop_block.DropBlock2d",
+        "torchvision.ops.drop_block.DropBlock3d",
+    }
+)
+
+
+def qualified_names(cls: type) -> Iterable[str]:
+    """Yield the qualified names of a class and of its bases."""
+    for base in cls.__mro__:
+        yield f"{base.__module__}.{base.__qualname__}"
+
+
+def is_one_of(module: nn.Module, names: frozenset[str]) -> bool:
+    """Say whether a module's class, or a base of it, has one of these qualified names."""
+    return any(name in names for name in qualified_names(type(module)))
+
+
+class Leaves:
+    """The rule by which a module stays whole.
+
+    Whole are: everything in torch.nn except `Sequential`; every BatchNorm, whatever it adds; drop
+    layers, which must follow `train()` and `eval()` by themselves; dropsurgery's own layers; the
+    modules that timm registers as not traceable; and what the caller names.
+
+    Args:
+        extra: module classes, module objects or dotted paths.
+        model: the model that objects and paths belong to.
+    """
+
+    def __init__(self, extra: Iterable[Any], model: nn.Module) -> None:
+        self.classes: tuple[type, ...] = (*_timm_notrace_modules(),)
+        self.paths: set[str] = set()
+        paths = {id(module): path for path, module in model.named_modules()}
+        known = set(dict(model.named_modules(remove_duplicate=False)))
+        for item in (extra,) if isinstance(extra, str | type | nn.Module) else extra:
+            if isinstance(item, type) and issubclass(item, nn.Module):
+                self.classes += (item,)
+            elif isinstance(item, nn.Module) and id(item) in paths:
+                self.paths.add(paths[id(item)])
+            elif isinstance(item, str):
+                if item not in known:
+                    raise ArgumentError(
+                        f"leaf_modules names '{item}', and the model has no such module",
+                        fix="a path from model.named_modules()",
+                    )
+                self.paths.add(item)
+            else:
+                raise ArgumentTypeError(
+                    f"leaf_modules takes classes, paths and modules of the model, got {item!r}"
+                )
+
+    def __call__(self, module: nn.Module, path: str) -> bool:
+        """Say whether `module`, at `path`, stays whole."""
+        if path in self.paths or isinstance(module, (*self.classes, _NormBase)):
+            return True
+        home = type(module).__module__
+        if home.startswith(("torch.nn.", "torch.ao.nn.", "dropsurgery.layers.")):
+            return not isinstance(module, nn.Sequential)
+        if type(module).__name__.startswith("Parametrized"):
+            # torch.nn.utils.parametrize makes a subclass on the fly, in its own module.
+            return home.startswith("torch.nn")
+        return is_one_of(module, DROP_PATHS | FROZEN_BATCHNORMS | OTHER_LEAVES)
+
+
+def _timm_notrace_modules() -> Iterable[type]:
+    timm_layers = sys.modules.get("timm.layers")
+    return timm_layers.get_notrace_modules() if timm_layers is not None else ()
+
+
+def whole_functions() -> tuple[Callable[..., Any], ...]:
+    """Return the Python functions that must not be traced through: timm's registered ones."""
+    timm_layers = sys.modules.get("timm.layers")
+    if timm_layers is None:
+        return ()
+    functions = timm_layers.get_notrace_functions()
+    return tuple(function for function in functions if callable(function))

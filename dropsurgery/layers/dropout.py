@@ -1,0 +1,118 @@
+"""Dropout layers that torch has only as functions, and dropout as Gaussian noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dropsurgery.errors import ArgumentError
+from dropsurgery.survival import check_probability
+
+
+class GaussianDropout(nn.Module):
+    """Multiplicative Gaussian noise with the mean and variance of dropout.
+
+    Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014,
+    section 10. In training every unit is multiplied by a draw from N(1, p/(1 - p)), the variance
+    of an inverted Bernoulli mask; in eval, and with p = 0, the input itself is returned.
+
+    Args:
+        p: the drop probability whose variance is matched, in [0, 1). (At 1 the variance is
+            infinite.)
+        units: which units share a draw: "element" none, "channel" those of one channel (axes 0
+            and 1 draw, the rest share), "row" those of one sample, "batch" all.
+
+    Shape:
+        Any floating-point tensor; output the same.
+    """
+
+    def __init__(self, p: float = 0.5, units: str = "element") -> None:
+        super().__init__()
+        self.p = check_probability(p, "p")
+        if self.p == 1.0:
+            raise ArgumentError("Gaussian dropout has infinite variance at p = 1", fix="p < 1")
+        if units not in ("element", "channel", "row", "batch"):
+            raise ArgumentError(
+                f"unknown units {units!r}", fix="'element', 'channel', 'row' or 'batch'"
+            )
+        self.units = units
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the noise, sqrt(p/(1 - p))."""
+        return float((self.p / (1.0 - self.p)) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` times noise (training) or as it is (eval)."""
+        if not self.training or self.p == 0.0:
+            return x
+        own = {"element": x.ndim, "channel": 2, "row": 1, "batch": 0}[self.units]
+        shape = tuple(size if axis < own else 1 for axis, size in enumerate(x.shape))
+        return x * torch.randn(shape, dtype=x.dtype, device=x.device).mul_(self.std).add_(1.0)
+
+    def extra_repr(self) -> str:
+        """Return the parameters for `repr`."""
+        return f"p={self.p:.4g}, units={self.units!r}"
+
+
+class ScaledDotProductAttention(nn.Module):
+    """`F.scaled_dot_product_attention` whose dropout follows `train()` and `eval()`.
+
+    Args:
+        dropout_p: probability of dropping an attention weight in training, in [0, 1].
+
+    Shape:
+        As `torch.nn.functional.scaled_dot_product_attention`: query (N, …, L, E), key
+        (N, …, S, E), value (N, …, S, Ev); output (N, …, L, Ev).
+    """
+
+    def __init__(self, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        self.dropout_p = check_probability(dropout_p, "dropout_p")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return attention of `query` over `key` and `value`; other arguments are torch's."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **kwargs
+        )
+
+    def extra_repr(self) -> str:
+        """Return the parameters for `repr`."""
+        return f"dropout_p={self.dropout_p:.4g}"
+
+
+class FollowTraining(nn.Module):
+    """A function one of whose arguments is the training flag, as a module that supplies it.
+
+    Tracing would bake the flag of the moment into the call; a module reads its own.
+
+    Args:
+        function: the function to call.
+        argument: the keyword of the flag.
+    """
+
+    def __init__(self, function: Callable[..., Any], argument: str) -> None:
+        super().__init__()
+        self.function = function
+        self.argument = argument
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the flag of this module."""
+        return self.function(*args, **{**kwargs, self.argument: self.training})
+
+    def extra_repr(self) -> str:
+        """Return the function and its flag for `repr`."""
+        return f"{getattr(self.function, '__name__', self.function)}, {self.argument}=self.training"

@@ -1,0 +1,193 @@
+"""Survival probabilities: p_l of residual block l (1-based) out of L, as pure floats.
+
+A rule is called as `rule(l, L)` and returns the probability that block l keeps its branch; any
+callable of that form will do. The four here are the ones in use:
+
+| rule | survival of block l | used by |
+|---|---|---|
+| `linear` | 1 - (l/L)(1 - final) | Huang et al. 2016, arXiv:1603.09382 |
+| `linspace` | 1 - ((l-1)/(L-1))(1 - final) | timm and torchvision, most families |
+| `efficientnet` | 1 - ((l-1)/L)(1 - final) | EfficientNet in timm and torchvision |
+| `constant` | p | timm's LeViT, CaiT, Mixer; DINOv2's uniform rate |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar
+
+from dropsurgery.errors import ArgumentError, ArgumentTypeError
+
+Rule = Callable[[int, int], float]
+
+
+def check_probability(value: object, name: str) -> float:
+    """Return `value` as a float in [0, 1], or raise a typed error that says `name`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise ArgumentError(f"{name} must lie in [0, 1], got {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class _Final:
+    """A rule that is fixed by the survival probability of the last block."""
+
+    final: float
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_probability(self.final, "final")
+
+    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803 - the field's letters
+        """Return which share of the final drop probability block l gets, in [0, 1]."""
+        raise NotImplementedError
+
+    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+        _check_block(l, L)
+        return 1.0 - self.drop_share(l, L) * (1.0 - self.final)
+
+
+class Linear(_Final):
+    """The paper's rule: p_l = 1 - (l/L)(1 - final)."""
+
+    name = "linear"
+
+    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+        """Return l/L."""
+        return l / L
+
+
+class Linspace(_Final):
+    """From 1 at the first block to `final` at the last (a single block keeps 1)."""
+
+    name = "linspace"
+
+    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+        """Return (l-1)/(L-1)."""
+        return (l - 1) / (L - 1) if L > 1 else 0.0
+
+
+class EfficientNet(_Final):
+    """From 1 at the first block towards `final`, which no block reaches."""
+
+    name = "efficientnet"
+
+    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+        """Return (l-1)/L."""
+        return (l - 1) / L
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same survival probability for every block."""
+
+    p: float
+    name: ClassVar[str] = "constant"
+
+    def __post_init__(self) -> None:
+        check_probability(self.p, "p")
+
+    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+        _check_block(l, L)
+        return self.p
+
+
+@dataclass(frozen=True)
+class Table:
+    """Survival probabilities written down block by block; how a custom rule is saved."""
+
+    values: tuple[float, ...]
+    name: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            check_probability(value, "survival probability")
+
+    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+        _check_block(l, L)
+        if len(self.values) != L:
+            raise ArgumentError(
+                f"the table has {len(self.values)} survival probabilities and the network has {L} "
+                "blocks"
+            )
+        return self.values[l - 1]
+
+
+def linear(final: float) -> Linear:
+    """Return the paper's linear rule; `final` in [0, 1] is the last block's survival."""
+    return Linear(final)
+
+
+def linspace(final: float) -> Linspace:
+    """Return timm's and torchvision's rule: the first block keeps 1, the last `final`."""
+    return Linspace(final)
+
+
+def efficientnet(final: float) -> EfficientNet:
+    """Return EfficientNet's rule: block l keeps 1 - ((l-1)/L)(1 - final)."""
+    return EfficientNet(final)
+
+
+def constant(p: float) -> Constant:
+    """Return the rule that gives every block the survival probability `p`."""
+    return Constant(p)
+
+
+def table(values: tuple[float, ...]) -> Table:
+    """Return the rule that looks block l up in `values`."""
+    return Table(tuple(float(value) for value in values))
+
+
+RULES: dict[str, type[Any]] = {
+    rule.name: rule for rule in (Linear, Linspace, EfficientNet, Constant, Table)
+}
+
+
+def by_name(name: str, final: float) -> Rule:
+    """Return the rule of that name with `final` (for "constant": every block's survival)."""
+    if name not in RULES or name == "table":
+        known = ", ".join(repr(key) for key in RULES if key != "table")
+        raise ArgumentError(f"unknown survival rule {name!r}", fix=f"one of {known}")
+    rule: Rule = RULES[name](final)
+    return rule
+
+
+def to_json(rule: Rule) -> dict[str, Any]:
+    """Return one of the rules of this module as JSON."""
+    if type(rule) not in RULES.values():
+        raise ArgumentTypeError(f"{rule!r} is not one of dropsurgery's rules")
+    name: str = rule.name  # type: ignore[attr-defined]
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(rule).items()}
+    return {"rule": name, **values}
+
+
+def from_json(data: dict[str, Any]) -> Rule:
+    """Return the rule that `to_json` wrote down."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "rule"}
+    rule: Rule = RULES[data["rule"]](**values)
+    return rule
+
+
+def survival_of(rule: Rule, l: int, L: int) -> float:  # noqa: E741, N803
+    """Call a rule and check what it returns.
+
+    Raises:
+        ArgumentError: the result is not a number in [0, 1].
+        ArgumentTypeError: `rule` is not callable.
+    """
+    if not callable(rule):
+        raise ArgumentTypeError(
+            f"a survival rule is a callable rule(l, L), got {rule!r}",
+            fix="ds.survival.linear(0.8), or any function of l and L",
+        )
+    value = rule(l, L)
+    return check_probability(value, f"the survival probability of block {l} of {L}")
+
+
+def _check_block(l: int, L: int) -> None:  # noqa: E741, N803
+    if not 1 <= l <= L:
+        raise ArgumentError(f"block l must lie in 1..L, got l={l} of L={L}")
