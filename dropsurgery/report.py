@@ -1,0 +1,172 @@
+"""Results as text for a terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dropsurgery.errors import DropsurgeryError
+from dropsurgery.graph.leaves import DROP_PATHS, FROZEN_BATCHNORMS, is_one_of
+from dropsurgery.layers import GaussianDropout, ScaledDotProductAttention
+from dropsurgery.tables import render
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        title: what it shows.
+        columns: the headings; the first column names the row.
+        rows: cells, strings already formatted or numbers.
+        note: what a reader must know to read it rightly.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+
+    def text(self, width: int = 100) -> str:
+        """Return the table for a terminal of `width` columns."""
+        return render(
+            self.columns, self.rows, title=self.title, caption=self.note or None, width=width
+        )
+
+    def markdown(self) -> str:
+        """Return the table as GitHub-flavoured Markdown."""
+        lines = [f"## {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found: tables for people, facts for machines.
+
+    Attributes:
+        title: the heading.
+        summary: one paragraph.
+        tables: in reading order.
+        facts: the same numbers unformatted, as JSON values.
+    """
+
+    title: str
+    summary: str
+    tables: tuple[Table, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, width: int = 100) -> str:
+        """Return the report for a terminal of `width` columns."""
+        return "\n\n".join([table.text(width) for table in self.tables] + [self.summary])
+
+    def markdown(self) -> str:
+        """Return the report as Markdown."""
+        return "\n".join(
+            [f"# {self.title}", "", self.summary, ""] + [t.markdown() for t in self.tables]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return title, summary and facts as JSON values."""
+        return {"title": self.title, "summary": self.summary, **self.facts}
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write `report.md` and `report.json` into `folder`, each whole or not at all."""
+        return (
+            write_whole(folder / "report.md", self.markdown()),
+            write_whole(folder / "report.json", json.dumps(self.to_json(), indent=2) + "\n"),
+        )
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a graph holds.
+
+    Attributes:
+        nodes: its operations, inputs and outputs.
+        batch_norms: calls of a BatchNorm, as module or function.
+        dropouts: calls of a dropout, attention with dropout included.
+        drop_paths: calls of a drop path (stochastic depth).
+    """
+
+    nodes: int
+    batch_norms: int
+    dropouts: int
+    drop_paths: int
+
+
+def census(module: fx.GraphModule) -> Census:
+    """Count what the graph of a traced network (its eval graph) calls."""
+    called = [
+        module.get_submodule(str(node.target))
+        for node in module.graph.nodes
+        if node.op == "call_module"
+    ]
+    functions = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    return Census(
+        nodes=len(module.graph.nodes),
+        batch_norms=sum(isinstance(m, norms) or is_one_of(m, FROZEN_BATCHNORMS) for m in called)
+        + sum(f in (nn.functional.batch_norm, torch.batch_norm) for f in functions),
+        dropouts=sum(_drops_units(m) for m in called),
+        drop_paths=sum(is_one_of(m, DROP_PATHS) for m in called),
+    )
+
+
+def _drops_units(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, ScaledDotProductAttention):
+        return module.dropout_p > 0
+    return isinstance(module, nn.modules.dropout._DropoutNd | GaussianDropout)
+
+
+def onnx_census(path: Path) -> Census:
+    """Count what an ONNX file's main graph holds; it has no drop paths of its own."""
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    return Census(len(kinds), kinds.count("BatchNormalization"), kinds.count("Dropout"), 0)
+
+
+def environment(
+    packages: Sequence[str] = ("dropsurgery", "torch", "onnx", "onnxruntime"),
+) -> dict[str, Any]:
+    """Return what measured numbers depend on: versions, processor, threads."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file so that it is never seen half written.
+
+    Raises:
+        DropsurgeryError: the file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise DropsurgeryError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
