@@ -1,0 +1,554 @@
+"""Network → ONNX: refused where it would not be the network, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
+from dropsurgery.graph.module import HISTORY
+from dropsurgery.graph.signature import argument_list, named_inputs, named_outputs, shapes
+
+BATCH = "batch"
+OPSETS = range(18, 24)
+# A protobuf message holds at most 2 GiB; the graph itself takes some of it.
+ONE_FILE_LIMIT = 2**31 - 64 * 2**20
+_PREFIX = "dropsurgery."
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+) -> Path:
+    """Write a network to an ONNX file for inference.
+
+    Goes through `torch.onnx.export` (dynamo) and refuses what would not be the network that runs
+    in PyTorch: training mode, batch statistics, randomness. The file appears under its name only
+    when it is complete and has passed `onnx.checker`; an export that fails or is interrupted leaves
+    the folder as it was, with the file that stood there before, if any. Nothing is printed. `model`
+    is not changed.
+
+    ONNX nodes are named after the module that holds them ("layer1.0.conv1/Conv"), inputs after
+    forward's arguments, outputs "output", "output_0" … or by the keys of a dict. The file's
+    `metadata_props` tell what made it: versions, source model, passes, names.
+
+    Args:
+        model: any `nn.Module` in eval mode, or a GraphModule that dropsurgery returned.
+        path: the file to write; its folder must exist. Weights of 2 GB and more go to
+            `<path>.data` beside it.
+        example_inputs: one tensor, or a tuple or list of forward's positional arguments. A batch of
+            one is as good as any other.
+        dynamic_batch: leave the batch size open: axis 0 of the first tensor that has one, and of
+            every other tensor input of the same size along axis 0. Otherwise all shapes are fixed.
+        opset: the ONNX operator set, 18 to 23; None for the exporter's own choice.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ExportError: the network or a layer is in training mode, normalises with batch statistics,
+            draws random numbers, does not accept the inputs, cannot keep its batch axis open, or
+            uses an operator that ONNX lacks; or the file cannot be written. The message names
+            the module path and what to do.
+        ArgumentError: `opset` is out of range.
+        ArgumentTypeError: an argument is of the wrong type.
+    """
+    args = _check_arguments(model, example_inputs, opset)
+    target = _check_target(path)
+    _check_modes(model)
+    args, outputs = _run_example(model, args, dynamic_batch)
+    inputs = named_inputs(model, args)
+    with _quiet():
+        program = _capture(model, args, dynamic_batch)
+        _refuse_randomness(program)
+        onnx_program = _translate(program, args, dynamic_batch, opset)
+    ir_model = onnx_program.model
+    _name_values(ir_model, list(inputs), list(named_outputs(outputs)))
+    _name_nodes(ir_model)
+    _refuse_random_nodes(ir_model)
+    _check_opset(ir_model, opset)
+    _write_metadata(ir_model, model)
+    _save(ir_model, target)
+    return Path(path)
+
+
+def _check_arguments(model: nn.Module, example_inputs: Any, opset: int | None) -> tuple[Any, ...]:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"expected a torch.nn.Module, got {type(model).__name__}",
+            fix="pass the model object, not its class or its state dict",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError("a TorchScript module cannot be exported", fix="pass the eager model")
+    if opset is not None and (not isinstance(opset, int) or opset not in OPSETS):
+        raise ArgumentError(
+            f"opset is {opset!r}", fix=f"{OPSETS[0]} to {OPSETS[-1]}, or None for the default"
+        )
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, tuple | list) or not any(
+        isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)
+    ):
+        raise ArgumentTypeError(
+            f"example_inputs is a {type(example_inputs).__name__} without tensors",
+            fix="a tensor, or a tuple of forward's positional arguments",
+        )
+    return tuple(example_inputs)
+
+
+def _check_target(path: str | os.PathLike[str]) -> Path:
+    """Fail before the long part where the file could not be written after it."""
+    target = Path(path)
+    if target.is_dir():
+        raise ExportError("the path is a folder", where=str(target), fix="name a file in it")
+    if not target.parent.is_dir():
+        raise ExportError(
+            "the folder does not exist", where=str(target.parent), fix="make it, or check the path"
+        )
+    try:
+        os.rmdir(_new_folder(target))
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(13, "the file is read-only")
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    return target
+
+
+def _new_folder(target: Path) -> str:
+    return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+
+
+def _unwritable(target: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"the file cannot be written: {error.strerror or error}",
+        where=str(target),
+        fix="check permissions and free space, or choose another folder",
+    )
+
+
+def _check_modes(model: nn.Module) -> None:
+    if model.training:
+        raise ExportError(
+            "the model is in training mode",
+            where=type(model).__name__,
+            fix="model.eval() before the export",
+        )
+    for name, module in model.named_modules():
+        where = f"{name} ({type(module).__name__})"
+        if module.training and _reads_training(type(module)):
+            raise ExportError(
+                "a layer that behaves differently in training is in training mode",
+                where=where,
+                fix=f'model.get_submodule("{name}").eval(), or model.eval() for all of them',
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.running_mean is None or module.running_var is None
+        ):
+            raise ExportError(
+                "a BatchNorm without running statistics normalises each batch by itself",
+                where=where,
+                fix="give it running statistics (track_running_stats=True) and train it, or "
+                "replace it: an exported sample must not depend on its neighbours",
+            )
+
+
+def _reads_training(cls: type[nn.Module]) -> bool:
+    """Say whether a module class looks at its own `training` flag when it is called."""
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for name, member in vars(base).items():
+            code = getattr(member, "__code__", None)
+            if code and name not in ("train", "eval", "__init__") and "training" in code.co_names:
+                return True
+    return False
+
+
+def _run_example(
+    model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool
+) -> tuple[tuple[Any, ...], Any]:
+    """Run the model on the example, as it is and as a batch of two where its batch is one.
+
+    torch.export takes a size of one for a constant; an example of two keeps the batch open.
+    """
+    given = named_inputs(model, args)
+    outputs = _try(model, args, "the model does not accept the example inputs", shapes(given), None)
+    named_outputs(outputs)
+    batch = _batch_size(args)
+    if not dynamic_batch or batch != 1:
+        return args, outputs
+    doubled = pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, batch) else leaf, args
+    )
+    fix = "dynamic_batch=False, or example inputs with a batch of two or more"
+    problem = "the network runs with a batch of 1 and not with 2: its batch axis cannot stay open"
+    return doubled, _try(model, doubled, problem, shapes(named_inputs(model, doubled)), fix)
+
+
+def _try(model: nn.Module, args: tuple[Any, ...], problem: str, where: str, fix: str | None) -> Any:
+    try:
+        with torch.no_grad():
+            return model(*args)
+    except Exception as error:
+        raise ExportError(
+            f"{problem}: {_first_line(error)}",
+            where=f"{type(model).__name__} with {where}",
+            fix=fix or f"{argument_list(model)}; check shapes, dtypes and devices",
+        ) from error
+
+
+def _batch_size(args: tuple[Any, ...]) -> int | None:
+    for leaf in pytree.tree_leaves(args):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    return None
+
+
+def _is_batched(leaf: Any, batch: int | None) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+
+def _axes(args: tuple[Any, ...], dynamic_batch: bool, axis: Any) -> tuple[Any, ...] | None:
+    """Return the `dynamic_shapes` tree: `axis` for axis 0 of every batched tensor."""
+    batch = _batch_size(args)
+    if not dynamic_batch or batch is None:
+        return None
+    tree: tuple[Any, ...] = pytree.tree_map(
+        lambda leaf: {0: axis} if _is_batched(leaf, batch) else None, args
+    )
+    return tree
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool
+) -> torch.export.ExportedProgram:
+    axes = _axes(args, dynamic_batch, torch.export.Dim(BATCH))
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, dynamic_shapes=axes, strict=False)
+    except Exception as error:
+        where = f"{type(model).__name__} with {shapes(named_inputs(model, args))}"
+        if axes is not None and _captures_fixed(model, args):
+            raise ExportError(
+                f"the network does not work for every batch size: {_first_line(error)}",
+                where=where,
+                fix="write its reshapes with x.shape[0] or -1, or export with dynamic_batch=False",
+            ) from error
+        raise ExportError(
+            f"the network cannot be captured as a graph: {_first_line(error)}",
+            where=where,
+            fix="no Python branches on the values of tensors; "
+            'TORCH_LOGS="+export" shows where it stopped',
+        ) from error
+
+
+def _captures_fixed(model: nn.Module, args: tuple[Any, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            torch.export.export(model, args, strict=False)
+    except Exception:
+        return False
+    return True
+
+
+def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            given = _arguments(node)
+            trains = given.get("training", given.get("train"))
+            if "batch_norm" in node.target.name() and trains:
+                raise ExportError(
+                    "batch normalisation would be exported with batch statistics",
+                    where=_place(node),
+                    fix="F.batch_norm(..., training=False) in eval mode",
+                )
+            if torch.Tag.nondeterministic_seeded not in node.target.tags:
+                continue
+            off = trains is False or given.get("dropout_p", given.get("p", 1)) == 0
+            if not off:
+                raise ExportError(
+                    f"the network draws random numbers in eval mode ({node.target.name()})",
+                    where=_place(node),
+                    fix="make the draw follow self.training, take it out "
+                    '(ds.ConvertDropout("identity")), or make the noise an input',
+                )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return an ATen call's arguments by name, with the schema's defaults."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given.update({a.name: value for a, value in zip(schema, node.args, strict=False)})
+    return {**given, **node.kwargs}
+
+
+def _place(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    kind = stack[-1][1] if stack else ""
+    kind = kind if isinstance(kind, str) else kind.__name__
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    lines = [line for line in lines if line.startswith("File") and "/torch/nn/" not in line]
+    text = f"{path or 'the root module'} ({kind.rpartition('.')[2]})"
+    return f"{text}, {lines[-1]}" if lines else text
+
+
+def _translate(
+    program: torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    dynamic_batch: bool,
+    opset: int | None,
+) -> torch.onnx.ONNXProgram:
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            dynamic_shapes=_axes(args, dynamic_batch, BATCH),
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        node, problem = _failed_node(program, error)
+        raise ExportError(
+            f"ONNX has no counterpart for a part of the network: {problem}",
+            where=node,
+            fix="replace the operator, or try a higher opset",
+        ) from error
+    assert onnx_program is not None
+    return onnx_program
+
+
+def _failed_node(
+    program: torch.export.ExportedProgram, error: BaseException
+) -> tuple[str | None, str]:
+    """Return where the translation stopped, and why, from the chain of the exporter's errors."""
+    where, problem, cause = None, _first_line(error), error.__cause__
+    while cause is not None:
+        problem = _first_line(cause)
+        for node in program.graph.nodes:
+            if f"%{node.name} :" in str(cause):
+                where = _place(node)
+        cause = cause.__cause__
+    return where, problem
+
+
+def _name_values(ir_model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Name the graph's inputs and outputs, and whatever else bears one of those names differently."""
+    graph = ir_model.graph
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"the network returns {len(outputs)} tensors and its graph {len(graph.outputs)}",
+            fix="return tensors only: numbers and None are not kept",
+        )
+    # A value that is returned twice, or an input that is returned, is one value under two names.
+    seen: set[int] = {id(value) for value in graph.inputs} | {
+        id(value) for value in graph.initializers.values()
+    }
+    import onnx_ir
+
+    for index, value in enumerate(graph.outputs):
+        if id(value) in seen:
+            copied = onnx_ir.node("Identity", [value])
+            graph.append(copied)
+            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
+            graph.outputs[index] = copied.outputs[0]
+        seen.add(id(graph.outputs[index]))
+    tensors = [value for value in graph.inputs if value.type is not None]
+    if len(tensors) != len(inputs):
+        raise ExportError(
+            f"the network takes {len(inputs)} tensors ({', '.join(inputs)}) and its graph "
+            f"{len(tensors)} ({', '.join(str(value.name) for value in tensors)})",
+            fix="pass tensors only; give other arguments their values as defaults of forward",
+        )
+    wanted = dict(zip(map(id, tensors), inputs, strict=True))
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        wanted[id(value)] = f"{name}_out" if name in inputs else name
+    taken = set(wanted.values())
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and id(value) not in wanted:
+                value.name = f"{value.name}_inner"
+    for value in [*graph.initializers.values()]:
+        if value.name in taken and id(value) not in wanted:
+            graph.initializers.pop(value.name)
+            value.name = f"{value.name}_weight"
+            graph.initializers[value.name] = value
+    for value in [*tensors, *graph.outputs]:
+        value.name = wanted[id(value)]
+
+
+def _name_nodes(ir_model: Any) -> None:
+    """Name each node after the module that holds it, and drop what tells of this machine.
+
+    The exporter records source lines with the paths of this file system.
+    """
+    taken: set[str] = set()
+    for node in ir_model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        path = json.loads(scopes.replace("'", '"'))[:-1] if scopes else []
+        stem = f"{path[-1]}/{node.op_type}" if path and path[-1] else node.op_type
+        name, count = stem, 1
+        while name in taken:
+            name, count = f"{stem}_{count}", count + 1
+        taken.add(name)
+        node.name = name
+
+
+def _refuse_random_nodes(ir_model: Any) -> None:
+    """Look once more at the result: functions and custom translations can bring randomness in."""
+    import onnx
+
+    for node in ir_model.graph.all_nodes():
+        try:
+            schema = onnx.defs.get_schema(node.op_type, 23, node.domain)
+        except onnx.defs.SchemaError:
+            continue  # a custom operator: nothing is known of it
+        random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
+        # Dropout without its third input, training_mode, is the identity.
+        if random and not (node.op_type == "Dropout" and len(node.inputs) < 3):
+            raise ExportError(
+                f"the exported graph draws random numbers ({node.op_type})",
+                where=node.name,
+                fix="take the randomness out, or make the noise an input",
+            )
+
+
+def _check_opset(ir_model: Any, opset: int | None) -> None:
+    found = ir_model.opset_imports.get("")
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"the exporter could not convert the graph to opset {opset}, it needs {found}",
+            fix=f"opset={found}, or None",
+        )
+
+
+def _write_metadata(ir_model: Any, model: nn.Module) -> None:
+    import onnx
+
+    import dropsurgery
+
+    record: Mapping[str, Any] = (
+        model.meta.get(HISTORY, {}) if isinstance(model, fx.GraphModule) else {}
+    )
+    cls = type(model)
+    ir_model.metadata_props.update(
+        {
+            f"{_PREFIX}version": dropsurgery.__version__,
+            f"{_PREFIX}torch": torch.__version__,
+            f"{_PREFIX}onnx": onnx.__version__,
+            f"{_PREFIX}source": record.get("source") or f"{cls.__module__}.{cls.__qualname__}",
+            f"{_PREFIX}passes": json.dumps(record.get("passes", [])),
+            f"{_PREFIX}inputs": json.dumps([value.name for value in ir_model.graph.inputs]),
+            f"{_PREFIX}outputs": json.dumps([value.name for value in ir_model.graph.outputs]),
+        }
+    )
+
+
+def _save(ir_model: Any, target: Path) -> None:
+    """Write beside the target, check, and move into place."""
+    import onnx
+    import onnx_ir
+
+    size = sum(value.const_value.nbytes for value in ir_model.graph.initializers.values())
+    sidecar = f"{target.name}.data" if size > ONE_FILE_LIMIT else None
+    folder: Path | None = None
+    try:
+        folder = Path(_new_folder(target))
+        written = folder / target.name
+        onnx_ir.save(ir_model, written, format="protobuf", external_data=sidecar)
+        onnx.checker.check_model(str(written))
+        _move(folder, target, sidecar)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the exported file is not valid ONNX: {_first_line(error)}",
+            fix="try another opset; if it stays, please report it with the model",
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path, sidecar: str | None) -> None:
+    """Move the file, and its weights where they are apart, into place; undo it when interrupted.
+
+    Two files cannot be replaced in one step. The old weights wait in `folder` until the model that
+    refers to the new ones is there.
+    """
+    if sidecar is None:
+        os.replace(folder / target.name, target)
+        return
+    weights, kept = target.parent / sidecar, folder / "before"
+    had_weights = weights.exists()
+    done = False
+    try:
+        if had_weights:
+            os.replace(weights, kept)
+        os.replace(folder / sidecar, weights)
+        os.replace(folder / target.name, target)
+        done = True
+    finally:
+        if not done:
+            if kept.exists():
+                os.replace(kept, weights)
+            elif not had_weights:
+                weights.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's exporter; its errors carry all that it would have said."""
+
+    class Mute(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return False
+
+    mute = Mute()
+    handlers = logging.getLogger("torch").handlers
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            for handler in handlers:
+                handler.addFilter(mute)
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(mute)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__
