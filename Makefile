@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-# For example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
+# More arguments for pip, for example an index with builds of torch without CUDA.
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin

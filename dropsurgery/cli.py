@@ -1,0 +1,424 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+
+import dropsurgery as ds
+from dropsurgery.cli_options import (
+    Directory,
+    Final,
+    Inputs,
+    Json,
+    Model,
+    ModelArgs,
+    RuleName,
+    Surgery,
+    Unit,
+    Weights,
+    example_inputs,
+    keyword_arguments,
+    read_inputs,
+)
+from dropsurgery.errors import DropsurgeryError
+from dropsurgery.models import LoadedModel, load_model
+from dropsurgery.report import census, onnx_census
+from dropsurgery.tables import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DONE, DIFFERENT, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+ROOT = "(root)"
+SITE = ("block", "module", "add", "kind")
+
+app = typer.Typer(
+    help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
+    "MODEL is torchvision:NAME, timm:NAME or FILE.py:FACTORY. An output that exists is replaced, "
+    "in one step and only when the new one is complete.\n\n"
+    "Exit codes: 0 done, 1 not equivalent, 2 wrong use or an error, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        _print(f"dropsurgery {metadata.version('dropsurgery')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    surgery: Surgery = None,
+    final_survival: Final = 0.8,
+    rule: RuleName = "linear",
+    unit: Unit = "block",
+    as_json: Json = False,
+) -> int:
+    """List the residual sites of a network, the adds that are none, and its drops.
+
+    Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
+    """
+    with _working(f"inspecting {model}"):
+        loaded = _load(model, weights, model_arg, surgery)
+        found = ds.find_residuals(loaded.module)
+        counts = census(ds.trace(loaded.module))
+    survival = _rule(rule, final_survival)
+    sites = []
+    for index, site in enumerate(found.sites, 1):
+        depth = (site.block, found.blocks) if unit == "block" else (index, len(found.sites))
+        native = site.native or ""
+        row = (site.block, site.module or ROOT, site.add, site.kind, survival(*depth), native)
+        sites.append(row)
+    skipped = [(skip.module or ROOT, skip.node, skip.reason) for skip in found.skipped]
+    columns, reasons = (*SITE, "survival", "native drop"), ("module", "add", "reason")
+    if as_json:
+        document = {"model": model, "blocks": found.blocks, "sites": _records(columns, sites)}
+        document |= {"skipped": _records(reasons, skipped), **vars(counts)}
+        return _print_json(document)
+    if not any(site.native for site in found.sites):
+        columns, sites = columns[:-1], [row[:-1] for row in sites]
+    title = f"{model}: {len(sites)} residual sites in {found.blocks} blocks"
+    _print(_table(columns, sites, title))
+    if skipped:
+        _print("\n" + _table(reasons, skipped, f"{len(skipped)} adds that are no residual site"))
+    _print(f"\n{_counts(counts)}")
+    return DONE
+
+
+@app.command()
+def retrofit(
+    model: Model,
+    output: Directory,
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    surgery: Surgery = None,
+    final_survival: Final = 0.8,
+    rule: RuleName = "linear",
+    mode: Annotated[
+        Literal["row", "batch"], typer.Option(help="One draw for each sample, or for each batch.")
+    ] = "row",
+    unit: Unit = "block",
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Only sites whose module path matches: 'layer4.*'."),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Put stochastic depth into a network and save the surgery as data.
+
+    Fine-tune it in Python: net = dropsurgery.load(DIR, model).
+
+    Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
+    """
+    survival = _rule(rule, final_survival)
+    with _working(f"retrofitting {model}"):
+        loaded = _load(model, weights, model_arg, surgery)
+        inserted = ds.InsertDropPath(survival, mode=mode, unit=unit, where=where)
+        result = ds.apply(loaded.module, inserted)
+        ds.save(result.module, output)
+    return _tell(result, output, model, as_json)
+
+
+@app.command()
+def slim(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Save the slim network here."),
+    ] = None,
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    surgery: Surgery = None,
+    as_json: Json = False,
+) -> int:
+    """Take drops out and fold BatchNorm, and tell what was done and what was not.
+
+    Example: dropsurgery slim torchvision:resnet50
+    """
+    with _working(f"slimming {model}"):
+        loaded = _load(model, weights, model_arg, surgery)
+        result = ds.apply(
+            loaded.module, ds.RemoveDropPath(), ds.ConvertDropout("identity"), ds.FoldBatchNorm()
+        )
+        if output is not None:
+            ds.save(result.module, output)
+    return _tell(result, output, model, as_json)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")
+    ],
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    surgery: Surgery = None,
+    slim: Annotated[
+        bool, typer.Option("--slim/--no-slim", help="Take drops out and fold BatchNorm first.")
+    ] = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's default without.")] = None,
+    input_shapes: Inputs = None,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="Fix the batch at 1; dynamic without.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the file with the network.")
+    ] = True,
+    as_json: Json = False,
+) -> int:
+    """Export a network to ONNX, slim, and verify the file against the network.
+
+    Exit code 1: the file was written and is not equivalent.
+
+    Example: dropsurgery export net.py:make --weights net.pt --input 1x16x16 -o net.onnx
+    """
+    with _working(f"exporting {model}"):
+        loaded = _load(model, weights, model_arg, surgery)
+        inputs = example_inputs(loaded, input_shapes)
+        network = ds.slim(loaded.module) if slim else loaded.module
+        ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
+        counts = onnx_census(output)
+    verdict = None
+    if verify:
+        with _working(f"verifying {output}"):
+            verdict = ds.verify(loaded.module, output)
+    size = output.stat().st_size
+    if as_json:
+        told = verdict.to_json() if verdict is not None else None
+        document = {"model": model, "file": str(output), "bytes": size, "verdict": told}
+        return _print_json({**document, **vars(counts)}, _code(verdict))
+    _print(f"{output}: {size / 1e6:.1f} MB, {_counts(counts)}")
+    if verdict is not None:
+        _print(f"\n{verdict}")
+    return _code(verdict)
+
+
+@app.command()
+def verify(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to check.")],
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    surgery: Surgery = None,
+    provider: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where onnxruntime runs the file.")
+    ] = "cpu",
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="X.npy|X.npz",
+            help="Inputs with their batch: an .npy array, or an .npz with one array an input.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of random inputs.")] = 3,
+    as_json: Json = False,
+) -> int:
+    """Compare an ONNX file with the network it should equal.
+
+    Exit code 1: they differ.
+
+    Example: dropsurgery verify torchvision:resnet50 r50.onnx --weights r50.safetensors
+    """
+    with _working(f"verifying {file}"):
+        loaded = _load(model, weights, model_arg, surgery)
+        inputs = None if input_file is None else read_inputs(input_file)
+        verdict = ds.verify(loaded.module, file, inputs, provider=provider, seeds=range(seeds))
+    if as_json:
+        return _print_json(verdict.to_json(), _code(verdict))
+    _print(str(verdict))
+    return _code(verdict)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where model.onnx and the report go.")
+    ] = Path("demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="The most epochs of each training.")] = 30,
+    depth: Annotated[int, typer.Option(min=1, help="Residual blocks in each stage.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and every draw.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Train a small ResNet on handwritten digits and take it through all of dropsurgery.
+
+    Example: dropsurgery demo --out /tmp/demo
+    """
+    from dropsurgery.demo import run_demo
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report, ok = run_demo(out, epochs=epochs, depth=depth, seed=seed, console=_stderr())
+    code = DONE if ok else DIFFERENT
+    if as_json:
+        return _print_json(report.to_json(), code)
+    _print(f"{report.text(_width())}\n\nLeft in {out}: model.onnx, report.md, report.json")
+    return code
+
+
+# --- calling -------------------------------------------------------------------------------------
+
+
+def _load(
+    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
+) -> LoadedModel:
+    loaded = load_model(name, weights=weights, arguments=keyword_arguments(model_args or []))
+    if surgery is None:
+        return loaded
+    return LoadedModel(name, ds.load(surgery, loaded.module).eval(), loaded.input_shape)
+
+
+def _rule(name: str, final: float) -> Any:
+    return getattr(ds.survival, name)(final)
+
+
+def _code(verdict: Any) -> int:
+    return DONE if verdict is None or verdict.ok else DIFFERENT
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _tell(result: Any, output: Path | None, model: str, as_json: bool) -> int:
+    changes = [(c.by, c.module or ROOT, c.node, c.what) for c in result.changes]
+    skipped = [(s.by, s.module or ROOT, s.node, s.reason) for s in result.skipped]
+    done, left = ("pass", "module", "node", "what"), ("pass", "module", "node", "reason")
+    counts = census(result.module)
+    if as_json:
+        document = {"model": model, "directory": None if output is None else str(output)}
+        document |= {"changes": _records(done, changes), "skipped": _records(left, skipped)}
+        return _print_json(document | vars(counts))
+    _print(_table(done, changes, f"{model}: {len(changes)} changes"))
+    if skipped:
+        _print("\n" + _table(left, skipped, f"{len(skipped)} left alone"))
+    _print(f"\n{_counts(counts)}")
+    if output is not None:
+        _print(f"saved in {output}; in Python: net = dropsurgery.load({str(output)!r}, model)")
+    return DONE
+
+
+def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict[str, object]]:
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def _counts(counts: Any) -> str:
+    return (
+        f"{counts.nodes} nodes, {counts.batch_norms} BatchNorms, {counts.dropouts} dropouts, "
+        f"{counts.drop_paths} drop paths"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) -> str:
+    return render(columns, rows, title=title, width=_width())
+
+
+def _width() -> int:
+    """The terminal's columns; wide where the output is a file or a pipe."""
+    return os.get_terminal_size().columns if sys.stdout.isatty() else 160
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; the interpreter must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(DONE) from None
+
+
+def _print_json(document: Any, code: int = DONE) -> int:
+    _print(json.dumps(document, indent=2))
+    return code
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Show a spinner on stderr, and keep what models and libraries print off stdout."""
+    console = _stderr()
+    with contextlib.redirect_stdout(sys.stderr), console.status(what):
+        yield
+
+
+# --- the entry point -----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    interrupted = []
+
+    def on_interrupt(*_: object) -> None:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    def on_terminate(*_: object) -> None:
+        raise SystemExit(TERMINATED)  # unlike the default, runs what tidies up
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        code = app(args=argv, prog_name="dropsurgery", standalone_mode=False)
+    except typer.TyperException as error:
+        code = _complain(
+            f"{error.format_message()}\n  fix: see dropsurgery --help", error.exit_code
+        )
+    except DropsurgeryError as error:
+        code = _complain(str(error))
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # Code that an interrupt passes through may turn it into an error of its own.
+        code = INTERRUPTED if interrupted else _unexpected(error)
+    if code == INTERRUPTED:
+        _complain("interrupted; nothing was left behind")
+    sys.exit(code)
+
+
+def _complain(text: str, code: int = FAILED) -> int:
+    sys.stderr.write(f"dropsurgery: {text}\n")
+    return code
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get("DROPSURGERY_TRACEBACK"):
+        traceback.print_exception(error)
+    text = " ".join(str(error).split())
+    return _complain(
+        f"{type(error).__name__}: {text}\n  fix: DROPSURGERY_TRACEBACK=1 shows where; if it is not "
+        "your model's code, please report it"
+    )

@@ -1,0 +1,117 @@
+"""The options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from dropsurgery.errors import ArgumentError
+from dropsurgery.models import LoadedModel
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME or FILE.py:FACTORY."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="A .safetensors or state-dict file, or the hub's own name for the weights, such as "
+        "IMAGENET1K_V1, a1_in1k or DEFAULT. Without it: random, but the same in every run.",
+    ),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="For the model's constructor, such as drop_path_rate=0.2. Repeatable.",
+    ),
+]
+Surgery = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Apply a saved surgery, with the weights saved in it, first."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
+]
+RuleName = Annotated[
+    Literal["linear", "linspace", "efficientnet", "constant"],
+    typer.Option(help="How survival falls from the first block to the last."),
+]
+Final = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Survival probability of the last block.")
+]
+Unit = Annotated[
+    Literal["block", "add"],
+    typer.Option(help="Count blocks, whose adds share a probability, or every add."),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="3x224x224",
+        help="Shape of an input without the batch. Repeatable, in the order of forward(). "
+        "Hub models know theirs.",
+    ),
+]
+Directory = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the surgery.")
+]
+
+
+def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; a value is a Python literal, else the text itself."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ArgumentError(f"'{pair}' is not KEY=VALUE", fix="--model-arg num_classes=10")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = {"true": True, "false": False, "none": None}.get(value, value)
+    return options
+
+
+def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch.Tensor, ...]:
+    """Draw one random sample for every shape; a model that knows its input needs no shapes."""
+    if shapes:
+        wanted = [_shape(text) for text in shapes]
+    elif loaded.input_shape is not None:
+        wanted = [loaded.input_shape]
+    else:
+        raise ArgumentError(
+            f"the shape of the input of {loaded.name} is not known", fix="--input 3x224x224"
+        )
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, *shape, generator=generator) for shape in wanted)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise ArgumentError(
+            f"'{text}' is not a shape", fix="sizes joined by x, without the batch: 3x224x224"
+        )
+    return tuple(int(size) for size in text.split("x"))
+
+
+def read_inputs(path: Path) -> tuple[torch.Tensor, ...]:
+    """Read the arrays of an .npy or .npz file, without running anything pickled in it."""
+    import numpy
+
+    try:
+        with open(path, "rb") as file:
+            read = numpy.load(file, allow_pickle=False)
+            arrays = [read] if isinstance(read, numpy.ndarray) else [read[key] for key in read]
+        return tuple(torch.from_numpy(array) for array in arrays)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ArgumentError(
+            f"the inputs cannot be read: {error}", where=str(path), fix="an .npy or .npz file"
+        ) from error
