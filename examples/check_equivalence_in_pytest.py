@@ -16,6 +16,7 @@ import dropsurgery as ds
 
 
 def my_model() -> nn.Module:
+    """Build and load your model here."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
@@ -32,25 +33,30 @@ def my_model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
+    """The network that everything is held to."""
     return my_model()
 
 
 @pytest.fixture(scope="module")
 def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that would be deployed."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     ds.export_onnx(ds.slim(model), path, (torch.randn(2, 3, 16, 16),))
     return path
 
 
 def test_slim_equals_the_model(model: nn.Module) -> None:
+    """Folding is algebra: any module can be the candidate."""
     ds.testing.assert_equivalent(model, ds.slim(model), (torch.randn(4, 3, 16, 16),))
 
 
 def test_export_equals_the_model(model: nn.Module, exported: Path) -> None:
+    """The file runs in onnxruntime, on several seeds and batch sizes."""
     ds.testing.assert_equivalent(model, exported)
 
 
 def test_the_check_can_fail(model: nn.Module, exported: Path) -> None:
+    """A check that cannot fail proves nothing: another epsilon is another network."""
     other = copy.deepcopy(model)
     other[1].eps = 1e-3
     with pytest.raises(AssertionError):

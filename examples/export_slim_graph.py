@@ -19,6 +19,7 @@ from dropsurgery.models import load_model
 
 
 def main() -> int:
+    """Run the example; 1 if the file is not equal to the network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="torchvision:resnet50")
     parser.add_argument("--weights", help="a file, or the hub's name, such as IMAGENET1K_V1")

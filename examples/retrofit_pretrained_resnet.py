@@ -34,6 +34,7 @@ def fine_tune(net: nn.Module, steps: int, size: int) -> float:
 
 
 def main() -> None:
+    """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="torchvision:resnet50")
     parser.add_argument("--weights", help="a file, or the hub's name, such as IMAGENET1K_V1")
