@@ -40,6 +40,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "Setting up $(VENV): the first time takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt pip
+	$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@
