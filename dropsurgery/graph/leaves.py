@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,13 +22,17 @@ DROP_PATHS = frozenset(
     }
 )
 FROZEN_BATCHNORMS = frozenset({"torchvision.ops.misc.FrozenBatchNorm2d"})
-OTHER_LEAVES = frozenset(
+DROP_BLOCKS = frozenset(
     {
         "timm.layers.drop.DropBlock2d",
-        "timm.layers.patch_dropout.PatchDropout",
-        "timm.layers.patch_dropout.PatchDropoutWithIndices",
         "torchvision.ops.drop_block.DropBlock2d",
         "torchvision.ops.drop_block.DropBlock3d",
+    }
+)
+PATCH_DROPOUTS = frozenset(
+    {
+        "timm.layers.patch_dropout.PatchDropout",
+        "timm.layers.patch_dropout.PatchDropoutWithIndices",
     }
 )
 
@@ -84,10 +89,9 @@ class Leaves:
         home = type(module).__module__
         if home.startswith(("torch.nn.", "torch.ao.nn.", "dropsurgery.layers.")):
             return not isinstance(module, nn.Sequential)
-        if type(module).__name__.startswith("Parametrized"):
-            # torch.nn.utils.parametrize makes a subclass on the fly, in its own module.
-            return home.startswith("torch.nn")
-        return is_one_of(module, DROP_PATHS | FROZEN_BATCHNORMS | OTHER_LEAVES)
+        return isinstance(module, torch.jit.ScriptModule) or is_one_of(
+            module, DROP_PATHS | DROP_BLOCKS | PATCH_DROPOUTS | FROZEN_BATCHNORMS
+        )
 
 
 def _timm_notrace_modules() -> Iterable[type]:

@@ -14,8 +14,10 @@ from torch import nn
 from dropsurgery.errors import ArgumentTypeError
 
 
-def named_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    """Return every tensor among positional arguments, named after the argument that holds it.
+def named_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return every tensor among the arguments of a call, named after the argument that holds it.
 
     A tensor argument `x` is "x"; tensors in a list argument `xs` are "xs_0", "xs_1"; extra
     positional arguments of `*rest` are "rest_0" and so on. None and Python numbers are no inputs.
@@ -24,7 +26,7 @@ def named_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[str, torch.Ten
         ArgumentTypeError: the arguments do not fit the signature of `forward`.
     """
     try:
-        bound = inspect.signature(model.forward).bind(*args).arguments
+        bound = inspect.signature(model.forward).bind(*args, **(kwargs or {})).arguments
     except TypeError as error:
         raise ArgumentTypeError(
             f"the inputs do not fit {type(model).__name__}.forward: {error}",

@@ -1,0 +1,136 @@
+"""Which axis of a value carries its channels, proved from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from dropsurgery.graph.shape_rules import Call, Contradiction, Shape, output_shape
+from dropsurgery.graph.weighted import Weighted
+
+# An operation that tells ranks apart does so below this one: torch's own stop at 5 (3-d
+# convolutions), and no rule of `shape_rules` treats rank 8 unlike rank 7.
+_RANKS = range(9)
+
+
+class Shapes:
+    """Ranks and sizes of every value of a graph, as far as they are certain.
+
+    They come from `tensor_meta`, where the network was traced with example inputs (and then hold
+    for inputs of those ranks); else by inference over the graph:
+
+    - operations that fix the rank: `flatten(1)`, a reshape to a list of sizes, a 2-d convolution,
+      pooling or BatchNorm, `permute` …, and those that keep it or change it by a known number;
+    - by contradiction: each rank that a network input (or the output of an operation without a
+      rule) could have is assumed in turn and carried through the whole graph. Ranks on which
+      torch would raise an error are ruled out; what all remaining ones agree on is proved. In
+      Linear → BatchNorm1d(64) → … → Linear → BatchNorm1d(32), rank 3 would need axis 1 to have
+      64 and 32 entries, so that the rank is 2.
+
+    Convolutions and pooling whose input is of unknown rank are taken to be batched.
+
+    Args:
+        root: the module whose paths the graph's nodes name.
+        graph: the graph; it is not changed.
+        modules: the modules of `root` by path, if the caller has them.
+    """
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self._root = root
+        self._graph = graph
+        found = dict(root.named_modules(remove_duplicate=False)) if modules is None else modules
+        self._modules = found
+        self._certain: dict[fx.Node, Shape | None] | None = None
+        self._cases: dict[fx.Node, list[dict[fx.Node, Shape | None]]] = {}
+
+    def rank(self, node: fx.Node) -> int | None:
+        """Return the number of axes of a node's output, or None where it is not proved."""
+        shape = traced_shape(node)
+        if shape is None:
+            if self._certain is None:
+                self._certain = self._infer({})
+            shape = self._certain.get(node)
+        return self._rank_by_cases(node) if shape is None else len(shape)
+
+    def _infer(self, assumed: Mapping[fx.Node, int]) -> dict[fx.Node, Shape | None]:
+        """Carry shapes through the graph; raises `Contradiction` where they cannot be."""
+        shapes: dict[fx.Node, Shape | None] = {}
+        for node in self._graph.nodes:
+            shape = traced_shape(node)
+            if shape is None and node in assumed:
+                shape = (None,) * assumed[node]
+            elif shape is None and node.op not in ("placeholder", "output"):
+                called = self._modules.get(str(node.target)) if node.op == "call_module" else None
+                shape = output_shape(Call(self._root, node, called, shapes))
+            shapes[node] = shape
+        return shapes
+
+    def _rank_by_cases(self, node: fx.Node) -> int | None:
+        """Prove a rank by ruling out what the values upstream of `node` could be."""
+        for origin in self._origins(node):
+            shapes = [case[node] for case in self._possible(origin)]
+            ranks = {None if shape is None else len(shape) for shape in shapes}
+            if len(ranks) == 1 and None not in ranks:
+                return ranks.pop()
+        return None
+
+    def _possible(self, origin: fx.Node) -> list[dict[fx.Node, Shape | None]]:
+        """Return the shapes of the graph for each rank that `origin` can have."""
+        if origin not in self._cases:
+            self._cases[origin] = []
+            for rank in _RANKS:
+                try:
+                    self._cases[origin].append(self._infer({origin: rank}))
+                except Contradiction:
+                    continue
+        return self._cases[origin]
+
+    def _origins(self, node: fx.Node) -> list[fx.Node]:
+        """Return the values of unknown rank, upstream of `node`, that follow from no other."""
+        assert self._certain is not None
+        origins, seen, stack = list[fx.Node](), set[fx.Node](), [node]
+        while stack:
+            current = stack.pop()
+            if current in seen or self._certain.get(current) is not None:
+                continue
+            seen.add(current)
+            unknown = [n for n in current.all_input_nodes if self._certain.get(n) is None]
+            stack += unknown
+            if not unknown or not self._follows(current, unknown):
+                origins.append(current)
+        return origins
+
+    def _follows(self, node: fx.Node, unknown: list[fx.Node]) -> bool:
+        """Say whether a node's rank would follow, were the ranks of its inputs known."""
+        shapes = dict(self._certain or {}) | dict.fromkeys(unknown, (None, None, None))
+        called = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        try:
+            return output_shape(Call(self._root, node, called, shapes)) is not None
+        except Contradiction:
+            return True
+
+
+def traced_shape(node: fx.Node) -> Shape | None:
+    """Return the shape that a node's output had for the example inputs, where there were some."""
+    meta: Any = node.meta.get("tensor_meta")
+    shape = getattr(meta, "shape", None)
+    return None if shape is None else tuple(int(size) for size in shape)
+
+
+def channel_axis(shapes: Shapes, node: fx.Node, weighted: Weighted) -> int | None:
+    """Return the axis of a layer's output, counted from the front, that carries its channels.
+
+    A linear layer's is the last one, so that its rank must be proved. A convolution's comes
+    before the spatial ones; where nothing tells that its input is unbatched, it is axis 1.
+
+    Returns:
+        The axis, or None where it is not proved.
+    """
+    rank = shapes.rank(node)
+    if weighted.spatial is None:
+        return None if rank is None else rank - 1
+    return 1 if rank is None else rank - weighted.spatial - 1

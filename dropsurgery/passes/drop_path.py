@@ -1,0 +1,328 @@
+"""Stochastic depth into a network that was built without it, and out again."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from dropsurgery import survival as rules
+from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
+from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
+from dropsurgery.graph.module import Skip, graphs, module_path, nodes_by_target, place_like
+from dropsurgery.graph.residual import Residuals, Site, analyse
+from dropsurgery.graph.tracer import fresh_path
+from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.layers.drop_path import DropPath, Mode, check_mode
+from dropsurgery.passes.base import Change, Pass, Plan
+
+Unit = Literal["block", "add"]
+Where = str | tuple[str, ...] | Callable[[Site], bool] | None
+
+# Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
+_INSERTED = "dropsurgery_inserted_drop_path"
+_NATIVE = "dropsurgery_native_drop_path"
+
+_RATE_ATTRIBUTES = ("drop_prob", "p")  # timm's and ours, torchvision's
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One site of one graph: a new layer at `path`, or a native one that gets a new rate."""
+
+    graph: int
+    site: Site
+    path: str
+    drop_prob: float
+    retune: bool
+    total: int
+
+
+@dataclass(frozen=True)
+class InsertDropPath(Pass):
+    """Put stochastic depth on the branch of every residual site, right before the add.
+
+    The eval output stays bit-identical and the state-dict keys stay the same. A site that already
+    carries a drop-path layer (timm's `DropPath`, torchvision's `StochasticDepth`, or one from an
+    earlier insertion) gets no second one: its rate is set.
+
+    Args:
+        survival: rule(l, L) → survival probability of block l of L, in [0, 1]; see `ds.survival`.
+        mode: "row" draws once a sample, "batch" once a mini-batch.
+        unit: "block" gives the adds of one block the same l, "add" counts each add.
+        where: which sites: a pattern for the module path (`"layer4.*"`, as in `fnmatch`), the name
+            of an add, a tuple of such, or a callable that takes a `Site`. l and L are counted over
+            all sites, chosen or not.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an unknown mode or unit, a rule outside [0, 1].
+        PassError: `where` matches no site; or the network's training graph could not be traced.
+    """
+
+    survival: rules.Rule
+    mode: Mode = "row"
+    unit: Unit = "block"
+    where: Where = None
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
+        if self.unit not in ("block", "add"):
+            raise ArgumentError(f"unknown unit {self.unit!r}", fix="'block' or 'add'")
+        if not callable(self.survival):
+            raise ArgumentTypeError(
+                f"survival is a rule(l, L), got {self.survival!r}",
+                fix="ds.survival.linear(0.8), or any function of l and L",
+            )
+        if isinstance(self.where, list):
+            object.__setattr__(self, "where", tuple(self.where))
+
+    def check(self, module: fx.GraphModule) -> None:
+        """Refuse a network whose training forward is not known."""
+        if isinstance(module, TwoModeGraphModule) and module.train_error is not None:
+            raise PassError(
+                "InsertDropPath needs the training forward, which could not be traced",
+                where=module.train_error.where,
+                fix=module.train_error.fix,
+            ) from module.train_error
+
+    def plan(self, module: fx.GraphModule) -> Plan:
+        """Choose the sites, their rates and the paths of the new layers."""
+        found = [analyse(module, graph) for graph in graphs(module)]
+        residuals = found[0]
+        if not residuals.sites:
+            reason = "the network has no residual adds, so there is nothing to drop"
+            return Plan(skipped=(*residuals.skipped, Skip("", "", reason)))
+        total = residuals.blocks if self.unit == "block" else len(residuals.sites)
+        drop_probs = self._drop_probs(residuals, total)
+        chosen = [site for site in residuals.sites if self._chosen(site)]
+        if not chosen:
+            known = sorted({site.module or site.add for site in residuals.sites})
+            raise PassError(
+                f"where={self.where!r} matches none of the {len(residuals.sites)} residual sites",
+                where=", ".join(known[:8]) + (", …" if len(known) > 8 else ""),
+                fix="a module path or pattern such as 'layer4.*', or a callable that takes a Site",
+            )
+        users = nodes_by_target(module)
+        taken: set[str] = set()
+        steps, changes, skipped = [], [], list(residuals.skipped)
+        for site in residuals.sites:
+            if site not in chosen:
+                skipped.append(Skip(site.module, site.add, f"not chosen by where={self.where!r}"))
+                continue
+            p = drop_probs[site]
+            twins = [(0, site), *_twins(site, residuals, found[1:])]
+            native = module.get_submodule(_target(module, site)) if site.native else None
+            retune = native is not None and self._can_retune(native, site, module, users, drop_probs)
+            path = _target(module, site) if retune else _fresh(module, site.module, taken)
+            taken.add(path)
+            steps += [_Step(g, s, path, p, retune, total) for g, s in twins]
+            verb = "set" if site.native else "inserted"
+            what = f"{verb} '{path}': block {site.block}, survival {1 - p:.4g}, mode {self.mode!r}"
+            changes.append(Change(site.module, site.add, what))
+            if len(twins) < len(found):
+                reason = "the add is not in the training graph, so training cannot drop its branch"
+                skipped.append(Skip(site.module, site.add, reason))
+        return Plan(tuple(changes), tuple(skipped), tuple(steps))
+
+    def perform(self, module: fx.GraphModule, plan: Plan) -> None:
+        """Add the layers and calls, and set the rates of those that are there."""
+        named = [{node.name: node for node in graph.nodes} for graph in graphs(module)]
+        # All marks first: a layer that two adds share is set twice, and its first rate counts.
+        for step in plan.steps:
+            if step.site.native is not None:
+                _mark_native(module, named[step.graph][step.site.native])
+        for step in plan.steps:
+            graph, by_name = graphs(module)[step.graph], named[step.graph]
+            add, branch = by_name[step.site.add], by_name[step.site.branch]
+            if step.site.native is not None:
+                self._set_native(module, by_name[step.site.native], step)
+                continue
+            if not _has_module(module, step.path):
+                layer = DropPath(step.drop_prob, self.mode)
+                layer.train(module.get_submodule(step.site.module).training)
+                _add(module, step.path, layer)
+            with graph.inserting_before(add):
+                call = graph.call_module(step.path, (branch,))
+            place_like(call, add)
+            call.meta[_INSERTED] = True
+            add.replace_input_with(branch, call)
+
+    def _set_native(self, module: fx.GraphModule, node: fx.Node, step: _Step) -> None:
+        layer = module.get_submodule(str(node.target))
+        if step.retune:
+            _set_rate(layer, step.drop_prob)
+            if hasattr(layer, "mode"):
+                layer.mode = self.mode  # type: ignore[assignment]
+            return
+        if not _has_module(module, step.path):
+            own = DropPath(step.drop_prob, self.mode)
+            own.train(layer.training)
+            _add(module, step.path, own)
+        node.target = step.path
+
+    def _drop_probs(self, residuals: Residuals, total: int) -> dict[Site, float]:
+        values = _table(self.survival, total).values
+        adds = {site: index for index, site in enumerate(residuals.sites, start=1)}
+        depth = {s: s.block if self.unit == "block" else adds[s] for s in residuals.sites}
+        return {site: 1.0 - values[depth[site] - 1] for site in residuals.sites}
+
+    def _chosen(self, site: Site) -> bool:
+        if self.where is None:
+            return True
+        if callable(self.where):
+            return bool(self.where(site))
+        patterns = (self.where,) if isinstance(self.where, str) else self.where
+        return any(p == site.add or fnmatch.fnmatchcase(site.module, p) for p in patterns)
+
+    def _can_retune(
+        self,
+        native: nn.Module,
+        site: Site,
+        module: fx.GraphModule,
+        users: dict[str, list[fx.Node]],
+        drop_probs: dict[Site, float],
+    ) -> bool:
+        """Say whether setting this layer's rate gives every site that calls it the right one."""
+        if self.mode != "row" and not hasattr(native, "mode"):
+            return False
+        calls = {node.name for node in users[_target(module, site)]}
+        sharers = [s for s in drop_probs if s.native in calls]
+        wanted = {drop_probs[s] for s in sharers}
+        return len(wanted) == 1 and all(self._chosen(s) for s in sharers)
+
+    def to_json(self, plan: Plan) -> dict[str, Any]:
+        """Return the parameters; what a callable decided is written down as values."""
+        rule, where = self.survival, self.where
+        sites = [step.site for step in plan.steps if step.graph == 0]
+        if type(rule) not in rules.RULES.values():
+            rule = _table(rule, plan.steps[0].total if plan.steps else 0)
+        if callable(where):
+            where = tuple(site.add for site in sites)
+        return {
+            "pass": self.name,
+            "survival": rules.to_json(rule),
+            "mode": self.mode,
+            "unit": self.unit,
+            "where": list(where) if isinstance(where, tuple) else where,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> InsertDropPath:
+        """Build the pass from what `to_json` wrote."""
+        where = data["where"]
+        return cls(
+            rules.from_json(data["survival"]),
+            mode=data["mode"],
+            unit=data["unit"],
+            where=tuple(where) if isinstance(where, list) else where,
+        )
+
+
+@dataclass(frozen=True)
+class RemoveDropPath(Pass):
+    """Undo `InsertDropPath`: the graph is, as code and as numbers, what it was before.
+
+    Inserted layers are taken out; native drop-path layers get back the rate and mode that they
+    had. Native layers whose rate was never set are left alone and listed: they are part of the
+    network (`ConvertDropout("identity")` takes every drop out).
+    """
+
+    def plan(self, module: fx.GraphModule) -> Plan:
+        """List the calls that were inserted and the rates that were set."""
+        changes, skipped, steps = [], [], []
+        for index, graph in enumerate(graphs(module)):
+            for node in graph.nodes:
+                path = str(node.target)
+                if _INSERTED in node.meta:
+                    what = f"took out '{path}'"
+                elif _NATIVE in node.meta:
+                    original, rate, _ = node.meta[_NATIVE]
+                    what = f"set '{original}' back to drop probability {rate:.4g}"
+                else:
+                    if node.op == "call_module" and is_one_of(
+                        module.get_submodule(path), DROP_PATHS
+                    ):
+                        reason = f"'{path}' was there before; ConvertDropout('identity') removes it"
+                        skipped.append(Skip(module_path(node), node.name, reason))
+                    continue
+                steps.append((index, node.name))
+                if index == 0:
+                    changes.append(Change(module_path(node), node.name, what))
+        return Plan(tuple(changes), tuple(skipped), tuple(steps))
+
+    def perform(self, module: fx.GraphModule, plan: Plan) -> None:
+        """Take out the calls, then the layers that nothing calls any more."""
+        left: set[str] = set()
+        for index, name in plan.steps:
+            graph = graphs(module)[index]
+            node = next(n for n in graph.nodes if n.name == name)
+            if _INSERTED in node.meta:
+                left.add(str(node.target))
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                continue
+            original, rate, mode = node.meta.pop(_NATIVE)
+            if node.target != original:
+                left.add(str(node.target))
+                node.target = original
+            layer = module.get_submodule(original)
+            _set_rate(layer, rate)
+            if hasattr(layer, "mode"):
+                layer.mode = mode
+        for path in left - nodes_by_target(module).keys():
+            module.delete_submodule(path)
+
+
+def _fresh(module: nn.Module, owner: str, taken: set[str]) -> str:
+    """Return a path for a new layer in `owner`; an attribute of that name, even None, is taken."""
+    holder = module.get_submodule(owner)
+    return fresh_path(owner, "drop_path", lambda path, name: path in taken or hasattr(holder, name))
+
+
+def _table(rule: rules.Rule, total: int) -> rules.Table:
+    return rules.Table(tuple(rules.survival_of(rule, l, total) for l in range(1, total + 1)))  # noqa: E741
+
+
+def _twins(site: Site, first: Residuals, others: list[Residuals]) -> list[tuple[int, Site]]:
+    """Return (graph, site) for the same add in the other graphs: the same call, the same turn."""
+    turn = [s for s in first.sites if s.call == site.call].index(site)
+    twins = []
+    for index, other in enumerate(others, start=1):
+        same = [s for s in other.sites if s.call == site.call]
+        if turn < len(same):
+            twins.append((index, same[turn]))
+    return twins
+
+
+def _target(module: fx.GraphModule, site: Site) -> str:
+    """Return the path of the drop-path layer that a site already has."""
+    return next(str(n.target) for n in module.graph.nodes if n.name == site.native)
+
+
+def _has_module(module: nn.Module, path: str) -> bool:
+    prefix, _, name = path.rpartition(".")
+    return name in module.get_submodule(prefix)._modules
+
+
+def _add(module: nn.Module, path: str, layer: nn.Module) -> None:
+    prefix, _, name = path.rpartition(".")
+    module.get_submodule(prefix).add_module(name, layer)
+
+
+def _mark_native(module: fx.GraphModule, node: fx.Node) -> None:
+    """Write down, once, what a network's own drop-path call was before its rate is set."""
+    if _INSERTED not in node.meta and _NATIVE not in node.meta:
+        layer = module.get_submodule(str(node.target))
+        node.meta[_NATIVE] = (str(node.target), _rate(layer), getattr(layer, "mode", "row"))
+
+
+def _rate(layer: nn.Module) -> float:
+    return float(next(getattr(layer, name) for name in _RATE_ATTRIBUTES if hasattr(layer, name)))
+
+
+def _set_rate(layer: nn.Module, drop_prob: float) -> None:
+    name = next(name for name in _RATE_ATTRIBUTES if hasattr(layer, name))
+    setattr(layer, name, drop_prob)
