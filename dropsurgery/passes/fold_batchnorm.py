@@ -1,0 +1,483 @@
+"""BatchNorm into the convolution or linear layer before it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropsurgery.graph.affine import (
+    Affine,
+    Norm,
+    Refused,
+    fetch,
+    identity_input,
+    is_norm,
+    norm_function,
+    read_norm,
+)
+from dropsurgery.graph.channels import Shapes, channel_axis
+from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.module import Skip, module_path, place_like
+from dropsurgery.graph.trace import keep_eval
+from dropsurgery.graph.tracer import fresh_path
+from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.graph.uses import Uses
+from dropsurgery.graph.weighted import Weighted, loses_precision, read_weighted
+from dropsurgery.passes.base import Change, Pass, Plan
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a layer and what it takes in, as node names.
+
+    Attributes:
+        producer: the convolution or linear layer.
+        norms: the BatchNorms behind it, in order.
+        identities: nodes between them that return their input as it is.
+    """
+
+    producer: str
+    norms: tuple[str, ...]
+    identities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One set of folded weights.
+
+    Attributes:
+        sites: the calls that use it; more than one where a layer and its BatchNorm are shared.
+        copy_to: path of a new module for it, where the layer's own weights are needed elsewhere.
+    """
+
+    sites: tuple[Site, ...]
+    copy_to: str | None = None
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold each BatchNorm in eval mode into the layer that produces its input.
+
+    With s = weight/√(var + eps) and t = bias - mean·s, the layer's W and b become s·W (over the
+    output channels) and s·b + t. The arithmetic is float64 and is rounded once, also where several
+    BatchNorms follow each other.
+
+    Layers: convolutions and transposed convolutions over 1, 2 and 3 axes with any groups, linear
+    layers; as modules or as functions of parameters. BatchNorms: those of torch, `F.batch_norm`,
+    SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d and its kin, whose drop
+    layer and activation stay as `<path>.drop` and `<path>.act`. A drop layer in eval mode between
+    the two goes with the BatchNorm.
+
+    Which axis carries the channels is proved (`dropsurgery.graph.channels`); for a linear layer
+    that mostly takes example inputs: `ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))`.
+
+    The folded layers get new parameters, which keep dtype, device, strides and `requires_grad`.
+    The BatchNorm's state-dict entries go; a layer without a bias gains one. A layer that is called
+    at several places is folded once if all of them have the same BatchNorm behind them, else each
+    place that can be folded gets a copy (`<path>_folded`) and the layer itself stays for the rest.
+    A parameter that is tied between modules becomes the folded layer's own, the others keep theirs.
+
+    Left alone, with the reason: BatchNorms in training mode or without running statistics, with
+    statistics that are not finite, whose folded weights cannot be held in the layer's dtype, whose
+    input other nodes read too or comes from something else, or whose channel axis is not proved.
+
+    The result is an inference graph. `train()` on it still reaches what is left, drop layers and
+    unfolded BatchNorms, but a folded layer has no statistics any more and computes the same in both
+    modes. A network whose forward differs between the modes keeps its eval graph only.
+    """
+
+    keeps_state_dict_keys: ClassVar[bool] = False
+
+    def plan(self, module: fx.GraphModule) -> Plan:
+        """Return which BatchNorms can be folded, and why the others cannot."""
+        return _Planner(module).plan()
+
+    def perform(self, module: fx.GraphModule, plan: Plan) -> None:
+        """Fold, then take out of the module tree what nothing uses any more."""
+        if not plan.steps:
+            return
+        surgeon = _Surgeon(module)
+        with torch.no_grad():
+            for step in plan.steps:
+                surgeon.fold(step)
+        if isinstance(module, TwoModeGraphModule):
+            keep_eval(module)
+        surgeon.clear()
+
+
+@dataclass
+class _Chain:
+    """A layer and the BatchNorms behind it, while the plan is made."""
+
+    producer: fx.Node
+    weighted: Weighted
+    axis: int | None
+    affine: Affine | None = None
+    norms: list[tuple[fx.Node, Norm]] = field(default_factory=list)
+    identities: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two calls of one layer exactly where the folded weights are the same."""
+        norms = [
+            (norm.eps, *(id(t) for t in (norm.mean, norm.var, norm.weight, norm.bias)))
+            for _, norm in self.norms
+        ]
+        return (id(self.weighted.module or self.producer), *norms)
+
+    def site(self) -> Site:
+        """Return the chain as plain data."""
+        return Site(
+            self.producer.name,
+            tuple(node.name for node, _ in self.norms),
+            tuple(node.name for node in self.identities),
+        )
+
+
+class _Planner:
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self.uses = Uses(module, module.graph, self.modules)
+        self.shapes = Shapes(module, module.graph, self.modules)
+        self.chains: list[_Chain] = []
+        self.open: dict[fx.Node, _Chain] = {}  # by the node whose value the chain computes
+        self.paths: set[str] = set()
+
+    def plan(self) -> Plan:
+        skipped: list[Skip] = []
+        for node in self.module.graph.nodes:
+            called = self.called(node)
+            if not is_norm(node, called):
+                continue
+            try:
+                self.add(node, called)
+            except Refused as refused:
+                reason = f"{self.label(node)}: {refused}"
+                skipped.append(Skip(module_path(node), node.name, reason))
+        groups: dict[tuple[object, ...], list[_Chain]] = {}
+        for chain in self.chains:
+            groups.setdefault(chain.key, []).append(chain)
+        steps: list[Fold] = []
+        changes: list[Change] = []
+        for chains in groups.values():
+            step = Fold(tuple(chain.site() for chain in chains), self.copy_path(chains))
+            steps.append(step)
+            changes += [change for chain in chains for change in self.changes(chain, step)]
+        if steps and isinstance(self.module, TwoModeGraphModule):
+            changes.append(
+                Change("", "", "the training graph was dropped: this is an inference graph")
+            )
+        # A copy is made of the layer as it was, so before the layer itself is folded.
+        steps.sort(key=lambda step: step.copy_to is None)
+        return Plan(tuple(changes), tuple(skipped), tuple(steps))
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def label(self, node: fx.Node) -> str:
+        """Name a node for people: what it calls, and the path of that or its own name."""
+        called = self.called(node)
+        if called is not None:
+            return f"{type(called).__name__} '{node.target}'"
+        kind = getattr(node.target, "__name__", str(node.target))
+        return f"{kind if node.op.startswith('call') else node.op} '{node.name}'"
+
+    def add(self, node: fx.Node, called: nn.Module | None) -> None:
+        """Append a BatchNorm to the chain that computes its input; raises Refused."""
+        if self.module.training and isinstance(self.module, TwoModeGraphModule):
+            raise Refused(
+                "the network is in training mode, where its forward is another: "
+                "call .eval() on it first"
+            )
+        norm = read_norm(self.module, node, called)
+        for tensor in norm.tensors:
+            for reader in self.uses.readers(tensor):
+                if norm_function(reader, self.called(reader)) is None:
+                    raise Refused(f"'{reader.name}' reads its statistics or parameters, too")
+        source, identities = self.source(norm.data)
+        if len(source.users) > 1:
+            others = sorted(user.name for user in source.users if user not in (node, *identities))
+            raise Refused(f"its input '{source.name}' is read by {', '.join(others)}, too")
+        chain = self.open.get(source) or self.start(source)
+        self.check(chain, norm)
+        after = norm.affine()
+        affine = after if chain.affine is None else chain.affine.then(after)
+        reason = loses_precision(chain.weighted, affine)
+        if reason is not None:
+            raise Refused(reason)
+        if chain.affine is None:
+            self.chains.append(chain)
+        chain.affine = affine
+        chain.norms.append((node, norm))
+        chain.identities += identities
+        self.open.pop(source, None)
+        if not norm.tail:
+            self.open[node] = chain
+
+    def source(self, data: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """Walk back over nodes that return their input as it is."""
+        identities: list[fx.Node] = []
+        while (before := identity_input(data, self.called(data))) is not None:
+            if len(data.users) > 1:
+                names = ", ".join(sorted(user.name for user in data.users))
+                raise Refused(f"its input '{data.name}' has several readers: {names}")
+            identities.append(data)
+            data = before
+        return data, identities
+
+    def start(self, node: fx.Node) -> _Chain:
+        """Begin a chain at a convolution or linear layer."""
+        weighted = read_weighted(self.module, node, self.called(node))
+        if weighted is None:
+            called = self.called(node)
+            mode = " in training mode" if called is not None and called.training else ""
+            raise Refused(
+                f"its input comes from {self.label(node)}{mode}, into which nothing can be folded"
+            )
+        for tensor in weighted.tensors:
+            others = [reader.name for reader in self.uses.readers(tensor) if reader is not node]
+            if others:
+                raise Refused(
+                    f"the weight or bias of {weighted.label} is also read by {', '.join(others)}"
+                )
+        for operand in weighted.operands:
+            owner = "" if operand is None else str(operand.target).rpartition(".")[0]
+            if operand is not None and self.uses.is_run(self.modules[owner]):
+                raise Refused(f"the module '{owner}', which is called too, owns the weight")
+        return _Chain(node, weighted, channel_axis(self.shapes, node, weighted))
+
+    def check(self, chain: _Chain, norm: Norm) -> None:
+        """Raise Refused unless the layer's channels lie on axis 1, where the BatchNorm's do."""
+        weighted = chain.weighted
+        if chain.axis is None:
+            raise Refused(
+                f"the rank of the output of {weighted.label} is not known, and so not which axis "
+                "is normalised: trace with example inputs, for example "
+                "ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))"
+            )
+        if chain.axis != 1:
+            raise Refused(
+                f"it normalises axis 1, and the channels of {weighted.label} are on axis "
+                f"{chain.axis}"
+            )
+        rank = 2 if weighted.spatial is None else weighted.spatial + 2
+        if norm.ranks is not None and rank not in norm.ranks:
+            raise Refused(f"it does not take the output of {weighted.label}, which has {rank} axes")
+        features = [tensor.numel() for tensor in norm.tensors]
+        if any(count != weighted.channels for count in features):
+            raise Refused(
+                f"it has {features[0]} features, {weighted.label} {weighted.channels} channels"
+            )
+        own, other = weighted.weight.dtype, {tensor.dtype for tensor in norm.tensors}
+        mixed = own in (torch.float16, torch.bfloat16) and other == {torch.float32}
+        if other != {own} and (norm.promotes or not mixed):
+            names = ", ".join(sorted(str(dtype) for dtype in other))
+            raise Refused(f"{weighted.label} is {own} and the statistics are {names}")
+        if {t.device for t in norm.tensors} != {weighted.weight.device}:
+            raise Refused(f"it is not on the device of {weighted.label}")
+
+    def copy_path(self, chains: list[_Chain]) -> str | None:
+        """Return the path of a copy for a group of calls, or None where the layer itself is theirs.
+
+        The layer is theirs if every call of it is folded, and they are the first group.
+        """
+        layer = chains[0].weighted.module
+        if layer is None:
+            return None
+        folded = [chain for chain in self.chains if chain.weighted.module is layer]
+        first = folded[0].key == chains[0].key
+        if first and len(folded) == len(self.uses.calls(layer)) and not self.uses.is_within(layer):
+            return None
+        prefix, _, name = str(chains[0].producer.target).rpartition(".")
+        owner = self.modules[prefix]
+        taken = self.paths
+        path = fresh_path(prefix, f"{name}_folded", lambda p, n: hasattr(owner, n) or p in taken)
+        self.paths.add(path)
+        return path
+
+    def changes(self, chain: _Chain, step: Fold) -> list[Change]:
+        """Say what was folded, one entry a BatchNorm."""
+        notes = ""
+        if step.copy_to is not None:
+            notes += f"; this call has a copy of its own, '{step.copy_to}'"
+        elif chain.weighted.module is not None:
+            weight = chain.weighted.weight
+            own = self.modules[str(chain.producer.target)]
+            tied = [p for p in self.uses.holders(weight) if self.modules[p] is not own]
+            if tied:
+                notes += f"; its weight is no longer tied to that of {', '.join(map(repr, tied))}"
+        found: list[Change] = []
+        for node, norm in chain.norms:
+            what = f"{norm.label} folded into {chain.weighted.label}{notes}"
+            if norm.tail:
+                what += f"; its {' and '.join(norm.tail)} stays"
+            found.append(Change(module_path(node), node.name, what))
+        for node in chain.identities:
+            what = f"{self.label(node)} removed: in eval mode it is the identity"
+            found.append(Change(module_path(node), node.name, what))
+        return found
+
+
+class _Surgeon:
+    """Carries folds out on a module, and remembers what they left without use."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.nodes = {node.name: node for node in module.graph.nodes}
+        self.loose_modules: dict[int, nn.Module] = {}
+        self.loose_tensors: list[str] = []
+
+    def fold(self, step: Fold) -> None:
+        """Put the BatchNorms of a step into the layer, and take them out of the graph.
+
+        The layer's output had the BatchNorm as its only reader, and takes its place: whoever reads
+        or overwrites it from now on read or overwrote the BatchNorm's output, which likewise was a
+        new tensor. In-place operations behind a fold are therefore as right as they were.
+        """
+        for site in step.sites:
+            for name in site.identities:
+                self.bypass(self.nodes[name])
+        first = step.sites[0]
+        producer = self.nodes[first.producer]
+        weighted = read_weighted(self.module, producer, self.called(producer))
+        assert weighted is not None
+        affines = [self.norm(name).affine() for name in first.norms]
+        affine = affines[0]
+        for after in affines[1:]:
+            affine = affine.then(after)
+        weight, bias = weighted.absorb(affine)
+        if weighted.module is None:
+            self.set_operands(producer, weighted, weight, bias)
+        else:
+            layer = weighted.module
+            if step.copy_to is not None:
+                layer = clone_structure(layer)
+                self.module.add_submodule(step.copy_to, layer)
+            layer.weight = nn.Parameter(weight, weighted.weight.requires_grad)
+            kept = weighted.weight if weighted.bias is None else weighted.bias
+            layer.bias = nn.Parameter(bias, kept.requires_grad)
+        for site in step.sites:
+            for name in site.norms:
+                self.remove_norm(name)
+            if step.copy_to is not None:
+                self.retarget(self.nodes[site.producer], step.copy_to)
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def norm(self, name: str) -> Norm:
+        node = self.nodes[name]
+        return read_norm(self.module, node, self.called(node))
+
+    def bypass(self, node: fx.Node) -> None:
+        """Take out a node that returns its input as it is."""
+        called = self.called(node)
+        data = identity_input(node, called)
+        assert data is not None
+        node.replace_all_uses_with(data)
+        self.erase(node)
+
+    def remove_norm(self, name: str) -> None:
+        """Take a BatchNorm out; what it runs on the normalised value stays."""
+        node, norm = self.nodes[name], self.norm(name)
+        value = norm.data
+        with self.graph.inserting_before(node):
+            for child in norm.tail:
+                value = self.graph.call_module(f"{node.target}.{child}", (value,))
+                place_like(value, node)
+                if "tensor_meta" in node.meta:
+                    value.meta["tensor_meta"] = node.meta["tensor_meta"]
+        node.replace_all_uses_with(value)
+        self.erase(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node and the reads that only it needed."""
+        called = self.called(node)
+        if called is not None:
+            self.loose_modules[id(called)] = called
+        reads = [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
+        self.graph.erase_node(node)
+        for operand in reads:
+            if not operand.users:
+                self.loose_tensors.append(str(operand.target))
+                self.graph.erase_node(operand)
+
+    def retarget(self, node: fx.Node, path: str) -> None:
+        """Let a call use another module."""
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(path, node.args, node.kwargs)
+        place_like(new, node)
+        if "tensor_meta" in node.meta:
+            new.meta["tensor_meta"] = node.meta["tensor_meta"]
+        node.replace_all_uses_with(new)
+        self.erase(node)
+
+    def set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
+        """Give a functional layer new weights."""
+        weight_node, bias_node = old.operands
+        assert weight_node is not None
+        target = str(weight_node.target)
+        self.assign(target, weight, old.weight)
+        if bias_node is not None:
+            assert old.bias is not None
+            self.assign(str(bias_node.target), bias, old.bias)
+            return
+        prefix, _, name = target.rpartition(".")
+        owner = self.module.get_submodule(prefix)
+        path = fresh_path(prefix, f"{name}_bias", lambda _, n: hasattr(owner, n))
+        self.assign(path, bias, old.weight)
+        with self.graph.inserting_before(node):
+            new = self.graph.get_attr(path)
+        place_like(new, node)
+        if len(node.args) > 2:
+            node.update_arg(2, new)
+        else:
+            node.update_kwarg("bias", new)
+
+    def assign(self, target: str, value: Tensor, like: Tensor) -> None:
+        """Put a tensor at a path, as a parameter or a buffer like another one."""
+        prefix, _, name = target.rpartition(".")
+        owner = self.module.get_submodule(prefix)
+        if isinstance(like, nn.Parameter):
+            setattr(owner, name, nn.Parameter(value, like.requires_grad))
+        elif name in owner._buffers:
+            owner._buffers[name] = value
+        else:
+            owner.register_buffer(name, value)
+
+    def clear(self) -> None:
+        """Take modules and tensors out that the folds left without use."""
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        uses = Uses(self.module, self.graph, modules)
+        for target in self.loose_tensors:
+            prefix, _, name = target.rpartition(".")
+            owner = modules[prefix]
+            if uses.is_run(owner) or uses.readers(fetch(self.module, target)):
+                continue
+            if isinstance(owner, nn.modules.batchnorm._NormBase):
+                self.loose_modules[id(owner)] = owner
+            else:
+                delattr(owner, name)
+        for path, module in modules.items():
+            if id(module) in self.loose_modules and not uses.is_needed(module):
+                self.take_out(path, module, uses)
+
+    def take_out(self, path: str, module: nn.Module, uses: Uses) -> None:
+        """Remove a module, or leave a container in its place where its children are used."""
+        prefix, _, name = path.rpartition(".")
+        siblings = self.module.get_submodule(prefix)._modules
+        if siblings.get(name) is not module:
+            return  # its parent stands at several paths, and was visited
+        used = [(key, child) for key, child in module.named_children() if uses.is_needed(child)]
+        if used:
+            container = nn.Sequential(OrderedDict(used))
+            container.training = module.training
+            siblings[name] = container
+        else:
+            del siblings[name]
