@@ -354,7 +354,7 @@ def _failed_node(
 
 
 def _name_values(ir_model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Name the graph's inputs and outputs, and whatever else bears one of those names differently."""
+    """Name the graph's inputs and outputs; other values that bear such a name are renamed."""
     graph = ir_model.graph
     if len(graph.outputs) != len(outputs):
         raise ExportError(
@@ -422,7 +422,7 @@ def _refuse_random_nodes(ir_model: Any) -> None:
 
     for node in ir_model.graph.all_nodes():
         try:
-            schema = onnx.defs.get_schema(node.op_type, 23, node.domain)
+            schema: Any = onnx.defs.get_schema(node.op_type, 23, node.domain)
         except onnx.defs.SchemaError:
             continue  # a custom operator: nothing is known of it
         random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic

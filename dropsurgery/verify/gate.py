@@ -1,0 +1,219 @@
+"""When a candidate's numbers are as good as the reference's own: the arithmetic, and nothing else.
+
+Every error is measured against a float64 run of the reference, and the yardstick is the error of
+the reference itself in its own dtype. Rounding puts both at the same size whatever the network's
+depth, width or scale; a changed weight, epsilon or activation does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far a candidate may be from the float64 run, in multiples of the reference's own error.
+
+    Three ratios are taken over all inputs, each of which counts the same whatever the size of its
+    output. Errors are relative to the output's root mean square.
+
+    Attributes:
+        rmse: limit of the ratio of root-mean-square errors.
+        maximum: limit of the ratio of largest errors: one wrong element among many.
+        typical: limit of the ratio of geometric means of errors: small elements that are wrong
+            beside large ones, whose rounding would hide them in the other two.
+        floor: errors below this many units of rounding (`torch.finfo(dtype).eps`) count as none:
+            the reference may be exact by luck.
+    """
+
+    rmse: float = 4.0
+    maximum: float = 6.0
+    typical: float = 4.0
+    floor: float = 4.0
+
+
+# The reference's own error at which it is no yardstick any more: half of its digits are gone.
+def trust_limit(dtype: torch.dtype) -> float:
+    """Return the relative error of a reference beyond which nothing can be concluded."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Return the unit of the floor: the spacing of numbers near one.
+
+    For float64 nothing more exact is at hand, so the unit is what a deep network's rounding adds up
+    to.
+    """
+    eps = float(torch.finfo(dtype).eps)
+    return 1024 * eps if dtype in (torch.float64, torch.complex128) else eps
+
+
+@dataclass
+class Sums:
+    """Errors of one output on one input, relative to that output's root mean square."""
+
+    count: int
+    scale: float
+    reference: float
+    candidate: float
+    reference_max: float
+    candidate_max: float
+    reference_log: float
+    candidate_log: float
+
+
+@dataclass
+class Tally:
+    """Errors of one output over all inputs.
+
+    Attributes:
+        dtype: the output's dtype.
+        sums: one entry for each input.
+        differing: elements of an exact output (integer, boolean) that differ.
+        count: elements that were compared.
+        problem: the first thing that no tolerance covers: a shape, a dtype, a NaN.
+        varies: whether any two rows that the reference returned differ.
+    """
+
+    dtype: torch.dtype
+    sums: list[Sums] = field(default_factory=list)
+    differing: int = 0
+    count: int = 0
+    problem: str = ""
+    varies: bool = False
+    _first: Tensor | None = None
+
+    def add(self, native: Tensor, wide: Tensor, candidate: Tensor, label: str) -> None:
+        """Compare one output on one input: the reference's, its float64 run's, the candidate's."""
+        problem = _mismatch(native, wide, candidate)
+        if problem:
+            self.problem = self.problem or f"{problem} ({label})"
+            return
+        self._see(native)
+        self.count += native.numel()
+        if not (native.is_floating_point() or native.is_complex()):
+            self.differing += int((native != candidate).sum())
+        elif native.numel():
+            self.sums.append(_sums(native, wide, candidate, unit(self.dtype)))
+
+    def _see(self, native: Tensor) -> None:
+        row = native[:1] if native.ndim else native
+        if self._first is None:
+            self._first = row.clone()
+        same_shape = self._first.shape[1:] == native.shape[1:]
+        self.varies = self.varies or not same_shape or bool((native != self._first).any())
+
+    @property
+    def exact(self) -> bool:
+        """Whether this output is compared bit by bit."""
+        return not (self.dtype.is_floating_point or self.dtype.is_complex)
+
+
+def _mismatch(native: Tensor, wide: Tensor, candidate: Tensor) -> str:
+    """Return what differs beyond numbers, or what cannot be compared; "" where nothing does."""
+    if candidate.shape != native.shape:
+        return f"shape {tuple(candidate.shape)} instead of {tuple(native.shape)}"
+    if candidate.dtype != native.dtype:
+        return f"dtype {_name(candidate.dtype)} instead of {_name(native.dtype)}"
+    if not (native.is_floating_point() or native.is_complex()):
+        return ""
+    nan = int(candidate.isnan().sum())
+    if native.isnan().any():
+        return "the reference itself returns NaN" + (", as the candidate does" if nan else "")
+    if nan:
+        return f"{nan} of {candidate.numel()} values are NaN"
+    infinite = ~native.isfinite()
+    if not torch.equal(infinite, ~candidate.isfinite()):
+        return "infinite where the reference is finite, or the other way round"
+    if not torch.equal(native[infinite], candidate[infinite]):
+        return "infinities of the other sign"
+    if not wide[~infinite].isfinite().all():
+        return "the float64 run of the reference is not finite where its own run is"
+    return ""
+
+
+def _sums(native: Tensor, wide: Tensor, candidate: Tensor, eps: float) -> Sums:
+    finite = native.isfinite()
+    exact = _real(wide[finite])
+    own = (_real(native[finite]) - exact).abs()
+    other = (_real(candidate[finite]) - exact).abs()
+    scale = _rms(exact)
+    if not exact.numel():
+        return Sums(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    # Below this an error is no error: the spacing of numbers around the element.
+    spacing = eps * (exact.abs() + 2**-8 * scale) + torch.finfo(torch.float64).tiny
+    return Sums(
+        count=exact.numel(),
+        scale=scale,
+        reference=_rms(own),
+        candidate=_rms(other),
+        reference_max=float(own.max()),
+        candidate_max=float(other.max()),
+        reference_log=float((own + spacing).log().mean()),
+        candidate_log=float((other + spacing).log().mean()),
+    )
+
+
+def _real(values: Tensor) -> Tensor:
+    wide = values.to(torch.complex128 if values.is_complex() else torch.float64)
+    return torch.view_as_real(wide).flatten() if wide.is_complex() else wide.flatten()
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the gate decides on, for one output.
+
+    Attributes:
+        reference: relative root-mean-square error of the reference in its own dtype.
+        candidate: that of the candidate.
+        rmse, maximum, typical: the three ratios; an own error below the floor counts as the floor.
+    """
+
+    reference: float
+    candidate: float
+    rmse: float
+    maximum: float
+    typical: float
+
+
+def errors(tally: Tally, gate: Gate) -> Errors | None:
+    """Return the pooled errors of a floating output, or None where nothing was compared."""
+    sums = [s for s in tally.sums if s.count]
+    if not sums:
+        return None
+    # An output that is zero on one input is measured by its size on the others.
+    largest = max(s.scale for s in sums)
+    scales = [s.scale or largest or 1.0 for s in sums]
+    eps = unit(tally.dtype)
+
+    def pooled(values: list[float]) -> float:
+        relative = [v / s for v, s in zip(values, scales, strict=True)]
+        return math.sqrt(sum(r * r for r in relative) / len(relative))
+
+    own, other = pooled([s.reference for s in sums]), pooled([s.candidate for s in sums])
+    own_max = max(s.reference_max / scale for s, scale in zip(sums, scales, strict=True))
+    other_max = max(s.candidate_max / scale for s, scale in zip(sums, scales, strict=True))
+    logs = [s.candidate_log - s.reference_log for s in sums]
+    return Errors(
+        reference=own,
+        candidate=other,
+        rmse=_ratio(other, own, gate.floor * eps / gate.rmse),
+        maximum=_ratio(other_max, own_max, gate.floor * eps / gate.maximum),
+        typical=math.exp(sum(logs) / len(logs)),
+    )
+
+
+def _ratio(candidate: float, reference: float, floor: float) -> float:
+    return candidate / max(reference, floor)
