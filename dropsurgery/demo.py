@@ -448,7 +448,7 @@ def _steps(console: Console | None) -> Iterator[_Steps]:
 @contextmanager
 def _output_folder(folder: Path) -> Iterator[Path]:
     """Make `folder` and a scratch folder in it; if the work fails, leave things as they were."""
-    new = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder))
@@ -459,6 +459,6 @@ def _output_folder(folder: Path) -> Iterator[Path]:
     try:
         yield scratch
     except BaseException:
-        shutil.rmtree(folder if new else scratch, ignore_errors=True)
+        shutil.rmtree(missing[-1] if missing else scratch, ignore_errors=True)
         raise
     shutil.rmtree(scratch)
