@@ -27,9 +27,10 @@ def check_probability(value: object, name: str) -> float:
     """Return `value` as a float in [0, 1], or raise a typed error that says `name`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
-    if not 0.0 <= value <= 1.0:
+    number = float(value)
+    if not 0.0 <= number <= 1.0:
         raise ArgumentError(f"{name} must lie in [0, 1], got {value!r}")
-    return float(value)
+    return number
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class _Final:
     def __post_init__(self) -> None:
         check_probability(self.final, "final")
 
-    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803 - the field's letters
+    def drop_share(self, l: int, L: int) -> float:
         """Return which share of the final drop probability block l gets, in [0, 1]."""
         raise NotImplementedError
 
-    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def __call__(self, l: int, L: int) -> float:
         _check_block(l, L)
         return 1.0 - self.drop_share(l, L) * (1.0 - self.final)
 
@@ -56,7 +57,7 @@ class Linear(_Final):
 
     name = "linear"
 
-    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def drop_share(self, l: int, L: int) -> float:
         """Return l/L."""
         return l / L
 
@@ -66,7 +67,7 @@ class Linspace(_Final):
 
     name = "linspace"
 
-    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def drop_share(self, l: int, L: int) -> float:
         """Return (l-1)/(L-1)."""
         return (l - 1) / (L - 1) if L > 1 else 0.0
 
@@ -76,7 +77,7 @@ class EfficientNet(_Final):
 
     name = "efficientnet"
 
-    def drop_share(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def drop_share(self, l: int, L: int) -> float:
         """Return (l-1)/L."""
         return (l - 1) / L
 
@@ -91,7 +92,8 @@ class Constant:
     def __post_init__(self) -> None:
         check_probability(self.p, "p")
 
-    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def __call__(self, l: int, L: int) -> float:
+        """Return `p`."""
         _check_block(l, L)
         return self.p
 
@@ -107,7 +109,8 @@ class Table:
         for value in self.values:
             check_probability(value, "survival probability")
 
-    def __call__(self, l: int, L: int) -> float:  # noqa: E741, N803
+    def __call__(self, l: int, L: int) -> float:
+        """Return entry l; the table must have L entries."""
         _check_block(l, L)
         if len(self.values) != L:
             raise ArgumentError(
@@ -172,7 +175,7 @@ def from_json(data: dict[str, Any]) -> Rule:
     return rule
 
 
-def survival_of(rule: Rule, l: int, L: int) -> float:  # noqa: E741, N803
+def survival_of(rule: Rule, l: int, L: int) -> float:
     """Call a rule and check what it returns.
 
     Raises:
@@ -188,6 +191,6 @@ def survival_of(rule: Rule, l: int, L: int) -> float:  # noqa: E741, N803
     return check_probability(value, f"the survival probability of block {l} of {L}")
 
 
-def _check_block(l: int, L: int) -> None:  # noqa: E741, N803
+def _check_block(l: int, L: int) -> None:
     if not 1 <= l <= L:
         raise ArgumentError(f"block l must lie in 1..L, got l={l} of L={L}")

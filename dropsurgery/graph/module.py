@@ -1,4 +1,4 @@
-"""What every analysis and pass needs to know of a graph module: its graphs, its paths, its history."""
+"""What analyses and passes need to know of a graph module: graphs, paths, history."""
 
 from __future__ import annotations
 

@@ -201,7 +201,9 @@ class _Analysis:
             self.linear_adds.add(add)
             self.skip_of_site[add] = best.skip
             return None, f"linear branch: '{best.branch.name}' is affine in '{best.fork.name}'"
-        inner = [n.name for n in best.region if n in self.skip_of_site and n not in self.linear_adds]
+        inner = [
+            n.name for n in best.region if n in self.skip_of_site and n not in self.linear_adds
+        ]
         if inner:
             return None, f"nested: the branch holds residual blocks (first add '{inner[0]}')"
         return best, ""
@@ -256,9 +258,7 @@ class _Analysis:
         name = getattr(node.target, "__name__", str(node.target)).strip("_")
         return name in ("mul", "imul", "div", "truediv", "itruediv")
 
-    def _region(
-        self, fork: fx.Node, branch: fx.Node, ancestors: _Ancestors
-    ) -> list[fx.Node]:
+    def _region(self, fork: fx.Node, branch: fx.Node, ancestors: _Ancestors) -> list[fx.Node]:
         """Return the nodes on the paths from `fork` (left out) to `branch`, in order."""
         ancestors.holds(fork)
         start = self.index[fork]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentTypeError, TraceError
@@ -20,9 +22,10 @@ from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.leaves import Leaves
 from dropsurgery.graph.module import HISTORY, called_module, graphs, place_like
 from dropsurgery.graph.shapes import record_shapes
-from dropsurgery.graph.tracer import DROPOUTS, ModeTracer, bind, follow, fresh_path
+from dropsurgery.graph.tracer import ModeTracer, bind, follow, fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
-from dropsurgery.layers.dropout import FollowTraining, ScaledDotProductAttention
+from dropsurgery.layers.attention import ScaledDotProductAttention
+from dropsurgery.layers.dropout import FollowTraining
 
 _REGISTRIES = frozenset(nn.Module().__dict__)
 
@@ -138,7 +141,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a TorchScript module cannot be traced", fix="pass the eager model")
     for path, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
             raise TraceError(
                 "a lazy module has no weights yet",
                 where=path,
@@ -152,8 +155,6 @@ def _given(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
         return ()
     if isinstance(example_inputs, Mapping):
         return tuple(example_inputs)
-    import inspect
-
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return tuple(names[: len(as_tuple(example_inputs))])
 
@@ -279,21 +280,19 @@ def _merge(
                 return False
             switches.append((node, switch))
     for node, (layer, args, kwargs) in switches:
-        prefix, _, _ = _owner(node)
+        stack = node.meta.get("nn_module_stack") or {}
+        prefix = next(reversed(stack.values()))[0] if stack else ""
         name = getattr(node.target, "__name__", "call")
-        taken = dict(root.named_modules(remove_duplicate=False)).keys() | layers.keys()
-        path = fresh_path(prefix, name, lambda p, _, taken=taken: p in taken)
+        owner = root.get_submodule(prefix)
+        path = fresh_path(prefix, name, partial(_taken, owner, layers))
         layers[path] = layer
         node.op, node.target, node.args, node.kwargs = "call_module", path, args, kwargs
-        stack = dict(node.meta.get("nn_module_stack") or {})
         node.meta["nn_module_stack"] = {**stack, path: (path, type(layer))}
     return True
 
 
-def _owner(node: fx.Node) -> tuple[str, str, str]:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return path, "", ""
+def _taken(owner: nn.Module, layers: dict[str, nn.Module], path: str, name: str) -> bool:
+    return hasattr(owner, name) or path in layers
 
 
 def _equal(left: Any, right: Any) -> bool:

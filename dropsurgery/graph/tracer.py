@@ -209,9 +209,7 @@ class ModeTracer(fx.Tracer):
             if node.op == "get_attr":
                 self._proxies.pop(str(node.target), None)
 
-    def getattr(
-        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]
-    ) -> Any:
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return a proxy for a parameter or buffer, one node a tensor."""
         if not isinstance(attr_val, Tensor):
             return attr_val
@@ -237,9 +235,7 @@ class ModeTracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, fx.Proxy):
             path = self._tensor_paths.get(id(a)) or self.tensor_attrs.get(a)
             if path is None and isinstance(a, nn.Parameter):
-                raise NameError(
-                    "the forward uses a parameter that is not registered in the model"
-                )
+                raise NameError("the forward uses a parameter that is not registered in the model")
             return self.create_node("get_attr", path or self._constant(a), (), {})
         return super().create_arg(a)
 
@@ -293,9 +289,7 @@ class ModeTracer(fx.Tracer):
             layer = self._flagged_call(target, args, kwargs)
             if layer is not None:
                 return layer
-        return super().create_proxy(
-            kind, target, args, kwargs, name, type_expr, proxy_factory_fn
-        )
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
 
     def _flagged_call(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,9 +360,11 @@ def follow(
     p = arguments.get("p", 0.5)
     if target in DROPOUTS and isinstance(p, int | float):
         layer_class = DROPOUTS[target]
-        return layer_class(float(p), bool(arguments.get("inplace", False))), (
-            arguments["input"],
-        ), {}
+        return (
+            layer_class(float(p), bool(arguments.get("inplace", False))),
+            (arguments["input"],),
+            {},
+        )
     first, *rest = arguments
     return (
         FollowTraining(target, flag),

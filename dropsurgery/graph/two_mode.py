@@ -73,7 +73,8 @@ class TwoModeGraphModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TwoModeGraphModule:
         train_graph, error = self.train_graph, self.train_error
-        copied: TwoModeGraphModule = super().__deepcopy__(memo)
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, TwoModeGraphModule)
         copied.set_training(None if train_graph is None else copy.deepcopy(train_graph), error)
         return copied
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
@@ -12,14 +12,13 @@ from dropsurgery.survival import check_probability
 Mode = Literal["row", "batch"]
 
 
-
 def check_mode(mode: str) -> Mode:
     """Return `mode`, or raise where it names no way of drawing."""
     if mode not in get_args(Mode):
         raise ArgumentError(
             f"unknown mode {mode!r}", fix=f"one of {', '.join(map(repr, get_args(Mode)))}"
         )
-    return mode
+    return cast(Mode, mode)
 
 
 class DropPath(nn.Module):

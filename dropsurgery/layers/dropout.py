@@ -1,13 +1,13 @@
-"""Dropout layers that torch has only as functions, and dropout as Gaussian noise."""
+"""Dropout as Gaussian noise, and functions that take the training flag as layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.survival import check_probability
@@ -41,57 +41,22 @@ class GaussianDropout(nn.Module):
             )
         self.units = units
 
-    @property
-    def std(self) -> float:
-        """Standard deviation of the noise, sqrt(p/(1 - p))."""
-        return float((self.p / (1.0 - self.p)) ** 0.5)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` times noise (training) or as it is (eval)."""
         if not self.training or self.p == 0.0:
             return x
         own = {"element": x.ndim, "channel": 2, "row": 1, "batch": 0}[self.units]
         shape = tuple(size if axis < own else 1 for axis, size in enumerate(x.shape))
-        return x * torch.randn(shape, dtype=x.dtype, device=x.device).mul_(self.std).add_(1.0)
+        return x * gaussian_noise(x.new_empty(shape), self.p)
 
     def extra_repr(self) -> str:
         """Return the parameters for `repr`."""
         return f"p={self.p:.4g}, units={self.units!r}"
 
 
-class ScaledDotProductAttention(nn.Module):
-    """`F.scaled_dot_product_attention` whose dropout follows `train()` and `eval()`.
-
-    Args:
-        dropout_p: probability of dropping an attention weight in training, in [0, 1].
-
-    Shape:
-        As `torch.nn.functional.scaled_dot_product_attention`: query (N, …, L, E), key
-        (N, …, S, E), value (N, …, S, Ev); output (N, …, L, Ev).
-    """
-
-    def __init__(self, dropout_p: float = 0.0) -> None:
-        super().__init__()
-        self.dropout_p = check_probability(dropout_p, "dropout_p")
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Return attention of `query` over `key` and `value`; other arguments are torch's."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, **kwargs
-        )
-
-    def extra_repr(self) -> str:
-        """Return the parameters for `repr`."""
-        return f"dropout_p={self.dropout_p:.4g}"
+def gaussian_noise(like: Tensor, p: float) -> Tensor:
+    """Return draws from N(1, p/(1 - p)) of the shape, dtype and device of `like`; p in [0, 1)."""
+    return torch.randn_like(like).mul_(math.sqrt(p / (1.0 - p))).add_(1.0)
 
 
 class FollowTraining(nn.Module):

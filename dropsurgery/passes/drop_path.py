@@ -115,7 +115,9 @@ class InsertDropPath(Pass):
             p = drop_probs[site]
             twins = [(0, site), *_twins(site, residuals, found[1:])]
             native = module.get_submodule(_target(module, site)) if site.native else None
-            retune = native is not None and self._can_retune(native, site, module, users, drop_probs)
+            retune = native is not None and self._can_retune(
+                native, site, module, users, drop_probs
+            )
             path = _target(module, site) if retune else _fresh(module, site.module, taken)
             taken.add(path)
             steps += [_Step(g, s, path, p, retune, total) for g, s in twins]
@@ -283,7 +285,7 @@ def _fresh(module: nn.Module, owner: str, taken: set[str]) -> str:
 
 
 def _table(rule: rules.Rule, total: int) -> rules.Table:
-    return rules.Table(tuple(rules.survival_of(rule, l, total) for l in range(1, total + 1)))  # noqa: E741
+    return rules.Table(tuple(rules.survival_of(rule, l, total) for l in range(1, total + 1)))
 
 
 def _twins(site: Site, first: Residuals, others: list[Residuals]) -> list[tuple[int, Site]]:

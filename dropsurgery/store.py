@@ -1,0 +1,203 @@
+"""Surgery as data: the passes as JSON, the weights as safetensors, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropsurgery.errors import ArgumentTypeError, DropsurgeryError, ModelLoadError
+from dropsurgery.graph.module import HISTORY, history
+from dropsurgery.graph.trace import trace
+from dropsurgery.passes.base import Pass, run
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+SURGERY = "surgery.json"
+
+
+def save(module: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write a surgery: which passes were run, and the weights.
+
+    Two files are written to `directory`, which is made if need be: `surgery.json` and
+    `model.safetensors`. Each is written beside its place and then moved there; a failed or
+    interrupted save leaves what was there before.
+
+    Args:
+        module: a module that dropsurgery returned.
+        directory: where to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ArgumentTypeError: `module` does not come from dropsurgery.
+        ModelLoadError: the directory cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if not isinstance(module, fx.GraphModule) or HISTORY not in module.meta:
+        raise ArgumentTypeError(
+            f"save takes a module that dropsurgery returned, got {type(module).__name__}",
+            fix="ds.save(ds.retrofit(model), directory), or torch.save for a plain module",
+        )
+    tensors, aliases = _unique(module.state_dict())
+    record = history(module)
+    document = {
+        "format": FORMAT,
+        "source": record["source"],
+        "passes": record["passes"],
+        "training": module.training,
+        "aliases": aliases,
+        "versions": {"torch": torch.__version__},
+    }
+    text = json.dumps(document, indent=2, allow_nan=False)
+    target = Path(directory)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            save_file(tensors, Path(staging) / WEIGHTS, metadata={"format": "pt"})
+            (Path(staging) / SURGERY).write_text(text + "\n", encoding="utf-8")
+            for name in (WEIGHTS, SURGERY):
+                os.replace(Path(staging) / name, target / name)
+    except OSError as error:
+        raise ModelLoadError(
+            f"the surgery cannot be written: {error.strerror or error}",
+            where=str(target),
+            fix="a directory that can be written",
+        ) from error
+    return target
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
+    """Rebuild a saved surgery on a freshly made model.
+
+    The passes are run on `model` and the saved weights are loaded, strictly. The result computes
+    bit for bit what the saved module computed. No pickled code is run.
+
+    Args:
+        directory: what `save` wrote.
+        model: a model of the architecture that was operated on; its weights do not matter, and it
+            is not changed.
+
+    Returns:
+        The rebuilt module, in the mode that the saved one was in.
+
+    Raises:
+        ModelLoadError: files are missing or damaged, or do not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source = Path(directory)
+    document = _read(source / SURGERY)
+    passes = _passes(document, source / SURGERY)
+    try:
+        tensors: dict[str, Tensor] = load_file(source / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelLoadError(
+            f"the weights cannot be read: {error}", where=str(source / WEIGHTS)
+        ) from error
+    module = trace(model)
+    if not document["training"]:
+        module.eval()
+    for item in passes:
+        try:
+            run(item, module)
+        except DropsurgeryError as error:
+            raise ModelLoadError(
+                f"the saved surgery does not fit this {type(model).__name__}: {error.problem}",
+                where=f"{source / SURGERY}, pass {item!r}",
+                fix=f"load it on a model like the one it was made from: {document['source']}",
+            ) from error
+    _fill(module, tensors, document, source)
+    module.train(document["training"])
+    return module
+
+
+def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into tensors that share no memory, and keys that repeat another's."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for key, value in state.items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() and place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+            # A copy where the memory is not this tensor's alone, as safetensors wants it.
+            tensors[key] = value.detach().contiguous()
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in storages:
+            tensors[key] = value.clone()
+        storages.add(pointer)
+    return tensors, aliases
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError(
+            f"no saved surgery here: {error.strerror or error}",
+            where=str(path),
+            fix="a directory that ds.save or `dropsurgery retrofit` wrote",
+        ) from error
+    except ValueError as error:
+        raise ModelLoadError(f"the saved surgery is damaged: {error}", where=str(path)) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ModelLoadError(
+            "this is not a saved surgery that this version can read",
+            where=str(path),
+            fix=f"a file with format {FORMAT}",
+        )
+    return document
+
+
+def _passes(document: dict[str, Any], path: Path) -> list[Pass]:
+    passes = []
+    for entry in document["passes"]:
+        data = dict(entry)
+        name = data.pop("pass", None)
+        if name not in Pass.registry:
+            raise ModelLoadError(f"unknown pass {name!r}", where=str(path))
+        try:
+            passes.append(Pass.registry[name].from_json(data))
+        except (TypeError, KeyError, DropsurgeryError) as error:
+            raise ModelLoadError(
+                f"the parameters of pass {name} cannot be read: {error}", where=str(path)
+            ) from error
+    return passes
+
+
+def _fill(
+    module: fx.GraphModule, tensors: dict[str, Tensor], document: dict[str, Any], source: Path
+) -> None:
+    """Give the module the saved weights as its own tensors; tied parameters stay tied."""
+    own = module.state_dict(keep_vars=True)
+    values: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        old = own.get(key)
+        if old is not None and value.shape == old.shape:
+            value = value.to(old.device)
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=old.requires_grad)
+        values[key] = value
+    for key, original in document["aliases"].items():
+        values[key] = values[original]
+    try:
+        module.load_state_dict(values, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ModelLoadError(
+            f"the saved weights do not fit this model: {str(error).splitlines()[-1].strip()}",
+            where=str(source / WEIGHTS),
+            fix=f"load it on a model like the one it was made from: {document['source']}",
+        ) from error

@@ -1,0 +1,84 @@
+"""The verbs: presets over passes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import fx, nn
+
+from dropsurgery import survival
+from dropsurgery.graph.trace import keep_eval, trace
+from dropsurgery.layers.drop_path import Mode
+from dropsurgery.passes.base import apply, run
+from dropsurgery.passes.drop_path import InsertDropPath, Unit
+from dropsurgery.passes.dropout import ConvertDropout
+from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+
+logger = logging.getLogger("dropsurgery")
+
+
+def retrofit(
+    model: nn.Module,
+    final_survival: float = 0.8,
+    *,
+    rule: str = "linear",
+    mode: Mode = "row",
+    unit: Unit = "block",
+) -> fx.GraphModule:
+    """Give a network stochastic depth: drop path on every residual branch.
+
+    The result has the state-dict keys of `model`, and its eval output is bit-identical. It shares
+    the model's parameters and buffers, so that fine-tuning it trains `model` too; retrofit
+    `copy.deepcopy(model)` to keep them apart.
+
+    Args:
+        model: any `nn.Module`, or a GraphModule that dropsurgery returned. It is not changed.
+        final_survival: survival probability p_L of the last block, in [0, 1] (for "constant": of
+            every block).
+        rule: "linear" (the paper's), "linspace", "efficientnet" or "constant"; see `ds.survival`.
+        mode: "row" draws once a sample, "batch" once a mini-batch.
+        unit: "block" gives the adds of one block the same rate, "add" counts each add.
+
+    Returns:
+        The retrofitted network, in the mode that `model` is in. A network without residual adds
+        comes back as it is, with a logged warning.
+
+    Raises:
+        ArgumentError: an unknown rule, mode or unit, or a probability outside [0, 1].
+        TraceError: the network cannot be turned into a graph.
+    """
+    result = apply(
+        model, InsertDropPath(survival.by_name(rule, final_survival), mode=mode, unit=unit)
+    )
+    if not result.changes:
+        logger.warning(
+            "retrofit changed nothing: %s has no residual adds (see ds.find_residuals)",
+            type(model).__name__,
+        )
+    return result.module
+
+
+def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
+    """Return the inference graph of a network: drops gone, BatchNorm folded, ready to export.
+
+    The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
+    eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded
+    once. Parameters that no fold rewrites are shared with `model`, which is not changed.
+    Submodules that the eval graph does not use (auxiliary heads) are left out.
+
+    Args:
+        model: any `nn.Module`, or a GraphModule that dropsurgery returned.
+        example_inputs: positional inputs; where given, shapes are known and more can be folded
+            (a BatchNorm behind a linear layer needs to know its input's rank).
+
+    Raises:
+        TraceError: the network cannot be turned into a graph.
+    """
+    module = trace(model, example_inputs=example_inputs)
+    module.eval()
+    keep_eval(module)
+    run(ConvertDropout("identity", always_on=False), module)
+    run(FoldBatchNorm(), module)
+    module.delete_all_unused_submodules()
+    return module
