@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
+from rich.markup import escape
 
 import dropsurgery as ds
 from dropsurgery.cli_options import (
@@ -33,7 +33,7 @@ from dropsurgery.cli_options import (
 )
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
-from dropsurgery.report import census, onnx_census
+from dropsurgery.report import Census, census, json_text, onnx_census
 from dropsurgery.tables import render
 
 if TYPE_CHECKING:
@@ -92,15 +92,16 @@ def inspect(
         loaded = _load(model, weights, model_arg, surgery)
         found = ds.find_residuals(loaded.module)
         counts = census(ds.trace(loaded.module))
-    survival = _rule(rule, final_survival)
-    sites = []
+    survival = ds.survival.by_name(rule, final_survival)
+    sites: list[tuple[object, ...]] = []
     for index, site in enumerate(found.sites, 1):
         depth = (site.block, found.blocks) if unit == "block" else (index, len(found.sites))
         native = site.native or ""
         row = (site.block, site.module or ROOT, site.add, site.kind, survival(*depth), native)
         sites.append(row)
     skipped = [(skip.module or ROOT, skip.node, skip.reason) for skip in found.skipped]
-    columns, reasons = (*SITE, "survival", "native drop"), ("module", "add", "reason")
+    columns: tuple[str, ...] = (*SITE, "survival", "native drop")
+    reasons = ("module", "add", "reason")
     if as_json:
         document = {"model": model, "blocks": found.blocks, "sites": _records(columns, sites)}
         document |= {"skipped": _records(reasons, skipped), **vars(counts)}
@@ -140,7 +141,7 @@ def retrofit(
 
     Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
     """
-    survival = _rule(rule, final_survival)
+    survival = ds.survival.by_name(rule, final_survival)
     with _working(f"retrofitting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
         inserted = ds.InsertDropPath(survival, mode=mode, unit=unit, where=where)
@@ -168,7 +169,7 @@ def slim(
     with _working(f"slimming {model}"):
         loaded = _load(model, weights, model_arg, surgery)
         result = ds.apply(
-            loaded.module, ds.RemoveDropPath(), ds.ConvertDropout("identity"), ds.FoldBatchNorm()
+            loaded.module, ds.ConvertDropout("identity", always_on=False), ds.FoldBatchNorm()
         )
         if output is not None:
             ds.save(result.module, output)
@@ -211,8 +212,8 @@ def export(
         counts = onnx_census(output)
     verdict = None
     if verify:
-        with _working(f"verifying {output}"):
-            verdict = ds.verify(loaded.module, output)
+        with _working(f"verifying {output}") as tell:
+            verdict = ds.verify(loaded.module, output, progress=tell)
     size = output.stat().st_size
     if as_json:
         told = verdict.to_json() if verdict is not None else None
@@ -250,10 +251,12 @@ def verify(
 
     Example: dropsurgery verify torchvision:resnet50 r50.onnx --weights r50.safetensors
     """
-    with _working(f"verifying {file}"):
+    with _working(f"verifying {file}") as tell:
         loaded = _load(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
-        verdict = ds.verify(loaded.module, file, inputs, provider=provider, seeds=range(seeds))
+        verdict = ds.verify(
+            loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
+        )
     if as_json:
         return _print_json(verdict.to_json(), _code(verdict))
     _print(str(verdict))
@@ -297,10 +300,6 @@ def _load(
     return LoadedModel(name, ds.load(surgery, loaded.module).eval(), loaded.input_shape)
 
 
-def _rule(name: str, final: float) -> Any:
-    return getattr(ds.survival, name)(final)
-
-
 def _code(verdict: Any) -> int:
     return DONE if verdict is None or verdict.ok else DIFFERENT
 
@@ -314,9 +313,9 @@ def _tell(result: Any, output: Path | None, model: str, as_json: bool) -> int:
     done, left = ("pass", "module", "node", "what"), ("pass", "module", "node", "reason")
     counts = census(result.module)
     if as_json:
-        document = {"model": model, "directory": None if output is None else str(output)}
-        document |= {"changes": _records(done, changes), "skipped": _records(left, skipped)}
-        return _print_json(document | vars(counts))
+        directory = None if output is None else str(output)
+        document = {"changes": _records(done, changes), "skipped": _records(left, skipped)}
+        return _print_json({"model": model, "directory": directory, **document, **vars(counts)})
     _print(_table(done, changes, f"{model}: {len(changes)} changes"))
     if skipped:
         _print("\n" + _table(left, skipped, f"{len(skipped)} left alone"))
@@ -330,7 +329,7 @@ def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def _counts(counts: Any) -> str:
+def _counts(counts: Census) -> str:
     return (
         f"{counts.nodes} nodes, {counts.batch_norms} BatchNorms, {counts.dropouts} dropouts, "
         f"{counts.drop_paths} drop paths"
@@ -357,7 +356,7 @@ def _print(text: str) -> None:
 
 
 def _print_json(document: Any, code: int = DONE) -> int:
-    _print(json.dumps(document, indent=2))
+    _print(json_text(document))
     return code
 
 
@@ -368,11 +367,13 @@ def _stderr() -> Console:
 
 
 @contextlib.contextmanager
-def _working(what: str) -> Iterator[None]:
-    """Show a spinner on stderr, and keep what models and libraries print off stdout."""
-    console = _stderr()
-    with contextlib.redirect_stdout(sys.stderr), console.status(what):
-        yield
+def _working(what: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on stderr, and keep what models and libraries print off stdout.
+
+    Gives a function that says more of how far the work is.
+    """
+    with contextlib.redirect_stdout(sys.stderr), _stderr().status(escape(what)) as status:
+        yield lambda more: status.update(escape(f"{what}: {more}"))
 
 
 # --- the entry point -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import fx, nn
 
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.graph.leaves import DROP_PATHS, FROZEN_BATCHNORMS, is_one_of
-from dropsurgery.layers import GaussianDropout, ScaledDotProductAttention
+from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
 from dropsurgery.tables import render
 
 
@@ -83,7 +84,7 @@ class Report:
         """Write `report.md` and `report.json` into `folder`, each whole or not at all."""
         return (
             write_whole(folder / "report.md", self.markdown()),
-            write_whole(folder / "report.json", json.dumps(self.to_json(), indent=2) + "\n"),
+            write_whole(folder / "report.json", json_text(self.to_json()) + "\n"),
         )
 
 
@@ -106,12 +107,10 @@ class Census:
 
 def census(module: fx.GraphModule) -> Census:
     """Count what the graph of a traced network (its eval graph) calls."""
-    called = [
-        module.get_submodule(str(node.target))
-        for node in module.graph.nodes
-        if node.op == "call_module"
-    ]
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    called = [module.get_submodule(str(node.target)) for node in calls]
     functions = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    functions += [layer.function for layer in called if isinstance(layer, FollowTraining)]
     norms = (nn.modules.batchnorm._BatchNorm,)
     return Census(
         nodes=len(module.graph.nodes),
@@ -149,6 +148,19 @@ def environment(
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def json_text(document: Any) -> str:
+    """Return a document as JSON; infinities and NaN, which JSON lacks, become null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_whole(path: Path, text: str) -> Path:
