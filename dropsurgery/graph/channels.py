@@ -29,7 +29,8 @@ class Shapes:
       Linear → BatchNorm1d(64) → … → Linear → BatchNorm1d(32), rank 3 would need axis 1 to have
       64 and 32 entries, so that the rank is 2.
 
-    Convolutions and pooling whose input is of unknown rank are taken to be batched.
+    Convolutions and pooling whose input is of unknown rank are taken to be batched. In a graph that
+    contradicts this (a 3-d convolution before a 2-d BatchNorm) nothing is proved.
 
     Args:
         root: the module whose paths the graph's nodes name.
@@ -45,16 +46,27 @@ class Shapes:
         found = dict(root.named_modules(remove_duplicate=False)) if modules is None else modules
         self._modules = found
         self._certain: dict[fx.Node, Shape | None] | None = None
+        self._is_contradictory = False
         self._cases: dict[fx.Node, list[dict[fx.Node, Shape | None]]] = {}
 
     def rank(self, node: fx.Node) -> int | None:
         """Return the number of axes of a node's output, or None where it is not proved."""
-        shape = traced_shape(node)
-        if shape is None:
-            if self._certain is None:
-                self._certain = self._infer({})
-            shape = self._certain.get(node)
+        shape = traced_shape(node) or self._known().get(node)
         return self._rank_by_cases(node) if shape is None else len(shape)
+
+    def contradicts(self) -> bool:
+        """Say whether the graph cannot run on batched inputs, nor on what it was traced with."""
+        self._known()
+        return self._is_contradictory
+
+    def _known(self) -> dict[fx.Node, Shape | None]:
+        """Return what follows without assuming any rank."""
+        if self._certain is None:
+            try:
+                self._certain = self._infer({})
+            except Contradiction:
+                self._certain, self._is_contradictory = {}, True
+        return self._certain
 
     def _infer(self, assumed: Mapping[fx.Node, int]) -> dict[fx.Node, Shape | None]:
         """Carry shapes through the graph; raises `Contradiction` where they cannot be."""
@@ -91,14 +103,14 @@ class Shapes:
 
     def _origins(self, node: fx.Node) -> list[fx.Node]:
         """Return the values of unknown rank, upstream of `node`, that follow from no other."""
-        assert self._certain is not None
+        certain = self._known()
         origins, seen, stack = list[fx.Node](), set[fx.Node](), [node]
         while stack:
             current = stack.pop()
-            if current in seen or self._certain.get(current) is not None:
+            if current in seen or certain.get(current) is not None:
                 continue
             seen.add(current)
-            unknown = [n for n in current.all_input_nodes if self._certain.get(n) is None]
+            unknown = [n for n in current.all_input_nodes if certain.get(n) is None]
             stack += unknown
             if not unknown or not self._follows(current, unknown):
                 origins.append(current)
@@ -106,7 +118,7 @@ class Shapes:
 
     def _follows(self, node: fx.Node, unknown: list[fx.Node]) -> bool:
         """Say whether a node's rank would follow, were the ranks of its inputs known."""
-        shapes = dict(self._certain or {}) | dict.fromkeys(unknown, (None, None, None))
+        shapes = {**self._known(), **dict.fromkeys(unknown, (None, None, None))}
         called = self._modules.get(str(node.target)) if node.op == "call_module" else None
         try:
             return output_shape(Call(self._root, node, called, shapes)) is not None
@@ -133,4 +145,6 @@ def channel_axis(shapes: Shapes, node: fx.Node, weighted: Weighted) -> int | Non
     rank = shapes.rank(node)
     if weighted.spatial is None:
         return None if rank is None else rank - 1
+    if rank is None and shapes.contradicts():
+        return None
     return 1 if rank is None else rank - weighted.spatial - 1

@@ -123,12 +123,12 @@ def output_shape(call: Call) -> Shape | None:
         if conv_function(node.target) is not None:
             return _weighted_function(call)
         rule = _FUNCTIONS.get(node.target)
-    # Second names of arguments, and tuples in place of tensors, are left to no rule.
-    unclear = not _UNCLEAR.isdisjoint(node.kwargs)
+    # Arguments under numpy's names, and tuples in place of tensors, are left to no rule.
+    unclear = not _NUMPY_NAMES.isdisjoint(node.kwargs) or node.kwargs.get("return_indices")
     return None if rule is None or unclear else rule(call)
 
 
-_UNCLEAR = frozenset({"axis", "keepdims", "out", "return_indices"})
+_NUMPY_NAMES = frozenset({"axis", "keepdims", "out"})
 
 
 def _module(call: Call, module: nn.Module) -> Shape | None:

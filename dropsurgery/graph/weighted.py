@@ -184,9 +184,13 @@ def _read_weighted_module(node: fx.Node, module: nn.Module) -> Weighted | None:
 
 
 def _has_own_conv_forward(module: nn.Module) -> bool:
-    known = (conv.Conv1d, conv.Conv2d, conv.Conv3d)
-    own: Any = getattr(type(module), "_conv_forward", None)
-    return own is not None and own not in {cls._conv_forward for cls in known}
+    """Torch's forward of a convolution calls a second method, which a subclass may replace."""
+    base = next((cls for cls in _CONVS if isinstance(module, cls)), None)
+    return base is not None and _conv_forward(type(module)) is not _conv_forward(base)
+
+
+def _conv_forward(cls: type[nn.Module]) -> Any:
+    return getattr(cls, "_conv_forward", None)
 
 
 def _read_weighted_function(root: nn.Module, node: fx.Node) -> Weighted | None:
@@ -200,6 +204,8 @@ def _read_weighted_function(root: nn.Module, node: fx.Node) -> Weighted | None:
         bias_node, bias = (None, None) if bias is None else stored_tensor(root, bias)
     except Refused as refused:
         raise Refused(f"{label}: {refused}") from None
+    if argument(node, 0, "input") in (weight_node, bias_node):
+        raise Refused(f"the weight or bias of {label} is its input, too")
     axes, transposed = known
     groups = 1 if axes is None else argument(node, 6, "groups", 1)
     if not isinstance(groups, int):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from dropsurgery.errors import PassError
 from dropsurgery.graph.affine import (
     Affine,
     Norm,
     Refused,
-    fetch,
     identity_input,
     is_norm,
     norm_function,
@@ -21,13 +20,14 @@ from dropsurgery.graph.affine import (
 )
 from dropsurgery.graph.channels import Shapes, channel_axis
 from dropsurgery.graph.clone import clone_structure
-from dropsurgery.graph.module import Skip, module_path, place_like
+from dropsurgery.graph.module import Skip, describe, module_path, place_like
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.graph.uses import Uses
 from dropsurgery.graph.weighted import Weighted, loses_precision, read_weighted
 from dropsurgery.passes.base import Change, Pass, Plan
+from dropsurgery.passes.edit import Editor
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,22 @@ class FoldBatchNorm(Pass):
     The result is an inference graph. `train()` on it still reaches what is left, drop layers and
     unfolded BatchNorms, but a folded layer has no statistics any more and computes the same in both
     modes. A network whose forward differs between the modes keeps its eval graph only.
+
+    Args:
+        nodes: names of the BatchNorm nodes to fold, as a saved surgery lists them: exactly these,
+            on the word of whoever proved then that it is exact (the weights may not be there yet).
+            None folds each one that can be proved.
+
+    Raises:
+        PassError: `nodes` names a node that cannot be folded.
     """
 
     keeps_state_dict_keys: ClassVar[bool] = False
+    nodes: tuple[str, ...] | None = None
 
     def plan(self, module: fx.GraphModule) -> Plan:
         """Return which BatchNorms can be folded, and why the others cannot."""
-        return _Planner(module).plan()
+        return _Planner(module, self.nodes).plan()
 
     def perform(self, module: fx.GraphModule, plan: Plan) -> None:
         """Fold, then take out of the module tree what nothing uses any more."""
@@ -107,6 +116,16 @@ class FoldBatchNorm(Pass):
         if isinstance(module, TwoModeGraphModule):
             keep_eval(module)
         surgeon.clear()
+
+    def to_json(self, plan: Plan) -> dict[str, Any]:
+        """Return the nodes that were folded: other weights or inputs would prove others."""
+        sites = [site for step in plan.steps for site in step.sites]
+        return {"pass": self.name, "nodes": [name for site in sites for name in site.norms]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FoldBatchNorm:
+        """Build the pass again from what `to_json` wrote."""
+        return cls(nodes=tuple(data["nodes"]))
 
 
 @dataclass
@@ -139,8 +158,9 @@ class _Chain:
 
 
 class _Planner:
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: tuple[str, ...] | None) -> None:
         self.module = module
+        self.nodes = nodes
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.uses = Uses(module, module.graph, self.modules)
         self.shapes = Shapes(module, module.graph, self.modules)
@@ -149,16 +169,7 @@ class _Planner:
         self.paths: set[str] = set()
 
     def plan(self) -> Plan:
-        skipped: list[Skip] = []
-        for node in self.module.graph.nodes:
-            called = self.called(node)
-            if not is_norm(node, called):
-                continue
-            try:
-                self.add(node, called)
-            except Refused as refused:
-                reason = f"{self.label(node)}: {refused}"
-                skipped.append(Skip(module_path(node), node.name, reason))
+        skipped = self.find_chains()
         groups: dict[tuple[object, ...], list[_Chain]] = {}
         for chain in self.chains:
             groups.setdefault(chain.key, []).append(chain)
@@ -175,6 +186,31 @@ class _Planner:
         # A copy is made of the layer as it was, so before the layer itself is folded.
         steps.sort(key=lambda step: step.copy_to is None)
         return Plan(tuple(changes), tuple(skipped), tuple(steps))
+
+    def find_chains(self) -> list[Skip]:
+        """Fill `chains`, and return what is left alone."""
+        skipped: list[Skip] = []
+        norms = {n.name: n for n in self.module.graph.nodes if is_norm(n, self.called(n))}
+        missing = sorted(set(self.nodes or ()) - set(norms))
+        if missing:
+            raise PassError(
+                f"FoldBatchNorm is to fold {', '.join(missing)}, and there is no such BatchNorm",
+                fix="the network that the surgery was saved from",
+            )
+        for name in norms if self.nodes is None else (n for n in norms if n in self.nodes):
+            node = norms[name]
+            try:
+                self.add(node, self.called(node))
+            except Refused as refused:
+                reason = f"{self.label(node)}: {refused}"
+                if self.nodes is not None:
+                    raise PassError(
+                        f"a node that FoldBatchNorm is to fold cannot be: {reason}",
+                        where=describe(node),
+                        fix="the network that the surgery was saved from, in eval mode",
+                    ) from None
+                skipped.append(Skip(module_path(node), node.name, reason))
+        return skipped
 
     def called(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -207,7 +243,7 @@ class _Planner:
         self.check(chain, norm)
         after = norm.affine()
         affine = after if chain.affine is None else chain.affine.then(after)
-        reason = loses_precision(chain.weighted, affine)
+        reason = loses_precision(chain.weighted, affine) if self.nodes is None else None
         if reason is not None:
             raise Refused(reason)
         if chain.affine is None:
@@ -254,13 +290,13 @@ class _Planner:
     def check(self, chain: _Chain, norm: Norm) -> None:
         """Raise Refused unless the layer's channels lie on axis 1, where the BatchNorm's do."""
         weighted = chain.weighted
-        if chain.axis is None:
+        if chain.axis is None and self.nodes is None:
             raise Refused(
                 f"the rank of the output of {weighted.label} is not known, and so not which axis "
                 "is normalised: trace with example inputs, for example "
                 "ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))"
             )
-        if chain.axis != 1:
+        if chain.axis not in (1, None):
             raise Refused(
                 f"it normalises axis 1, and the channels of {weighted.label} are on axis "
                 f"{chain.axis}"
@@ -315,7 +351,8 @@ class _Planner:
         for node, norm in chain.norms:
             what = f"{norm.label} folded into {chain.weighted.label}{notes}"
             if norm.tail:
-                what += f"; its {' and '.join(norm.tail)} stays"
+                stays = "stay" if len(norm.tail) > 1 else "stays"
+                what += f"; its {' and '.join(norm.tail)} {stays}"
             found.append(Change(module_path(node), node.name, what))
         for node in chain.identities:
             what = f"{self.label(node)} removed: in eval mode it is the identity"
@@ -323,15 +360,8 @@ class _Planner:
         return found
 
 
-class _Surgeon:
-    """Carries folds out on a module, and remembers what they left without use."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.graph = module.graph
-        self.nodes = {node.name: node for node in module.graph.nodes}
-        self.loose_modules: dict[int, nn.Module] = {}
-        self.loose_tensors: list[str] = []
+class _Surgeon(Editor):
+    """Carries folds out on a module."""
 
     def fold(self, step: Fold) -> None:
         """Put the BatchNorms of a step into the layer, and take them out of the graph.
@@ -368,9 +398,6 @@ class _Surgeon:
             if step.copy_to is not None:
                 self.retarget(self.nodes[site.producer], step.copy_to)
 
-    def called(self, node: fx.Node) -> nn.Module | None:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
     def norm(self, name: str) -> Norm:
         node = self.nodes[name]
         return read_norm(self.module, node, self.called(node))
@@ -396,28 +423,6 @@ class _Surgeon:
         node.replace_all_uses_with(value)
         self.erase(node)
 
-    def erase(self, node: fx.Node) -> None:
-        """Erase a node and the reads that only it needed."""
-        called = self.called(node)
-        if called is not None:
-            self.loose_modules[id(called)] = called
-        reads = [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
-        self.graph.erase_node(node)
-        for operand in reads:
-            if not operand.users:
-                self.loose_tensors.append(str(operand.target))
-                self.graph.erase_node(operand)
-
-    def retarget(self, node: fx.Node, path: str) -> None:
-        """Let a call use another module."""
-        with self.graph.inserting_before(node):
-            new = self.graph.call_module(path, node.args, node.kwargs)
-        place_like(new, node)
-        if "tensor_meta" in node.meta:
-            new.meta["tensor_meta"] = node.meta["tensor_meta"]
-        node.replace_all_uses_with(new)
-        self.erase(node)
-
     def set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
         """Give a functional layer new weights."""
         weight_node, bias_node = old.operands
@@ -439,45 +444,3 @@ class _Surgeon:
             node.update_arg(2, new)
         else:
             node.update_kwarg("bias", new)
-
-    def assign(self, target: str, value: Tensor, like: Tensor) -> None:
-        """Put a tensor at a path, as a parameter or a buffer like another one."""
-        prefix, _, name = target.rpartition(".")
-        owner = self.module.get_submodule(prefix)
-        if isinstance(like, nn.Parameter):
-            setattr(owner, name, nn.Parameter(value, like.requires_grad))
-        elif name in owner._buffers:
-            owner._buffers[name] = value
-        else:
-            owner.register_buffer(name, value)
-
-    def clear(self) -> None:
-        """Take modules and tensors out that the folds left without use."""
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        uses = Uses(self.module, self.graph, modules)
-        for target in self.loose_tensors:
-            prefix, _, name = target.rpartition(".")
-            owner = modules[prefix]
-            if uses.is_run(owner) or uses.readers(fetch(self.module, target)):
-                continue
-            if isinstance(owner, nn.modules.batchnorm._NormBase):
-                self.loose_modules[id(owner)] = owner
-            else:
-                delattr(owner, name)
-        for path, module in modules.items():
-            if id(module) in self.loose_modules and not uses.is_needed(module):
-                self.take_out(path, module, uses)
-
-    def take_out(self, path: str, module: nn.Module, uses: Uses) -> None:
-        """Remove a module, or leave a container in its place where its children are used."""
-        prefix, _, name = path.rpartition(".")
-        siblings = self.module.get_submodule(prefix)._modules
-        if siblings.get(name) is not module:
-            return  # its parent stands at several paths, and was visited
-        used = [(key, child) for key, child in module.named_children() if uses.is_needed(child)]
-        if used:
-            container = nn.Sequential(OrderedDict(used))
-            container.training = module.training
-            siblings[name] = container
-        else:
-            del siblings[name]
