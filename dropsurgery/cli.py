@@ -284,7 +284,8 @@ def demo(
     code = DONE if ok else DIFFERENT
     if as_json:
         return _print_json(report.to_json(), code)
-    _print(f"{report.text(_width())}\n\nLeft in {out}: model.onnx, report.md, report.json")
+    _print(report.text(min(_width(), 100)))
+    _print(f"\nLeft in {out}: model.onnx, report.md, report.json")
     return code
 
 
@@ -395,9 +396,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = app(args=argv, prog_name="dropsurgery", standalone_mode=False)
     except typer.TyperException as error:
-        code = _complain(
-            f"{error.format_message()}\n  fix: see dropsurgery --help", error.exit_code
-        )
+        code = _misused(error)
     except DropsurgeryError as error:
         code = _complain(str(error))
     except KeyboardInterrupt:
@@ -408,6 +407,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:
         _complain("interrupted; nothing was left behind")
     sys.exit(code)
+
+
+def _misused(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "dropsurgery"
+    text = error.format_message().replace("Value error, ", "")  # pydantic's way to begin
+    return _complain(f"{text}\n  fix: see {command} --help", error.exit_code)
 
 
 def _complain(text: str, code: int = FAILED) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -59,22 +60,26 @@ class Report:
         summary: one paragraph.
         tables: in reading order.
         facts: the same numbers unformatted, as JSON values.
+        appendix: text for the Markdown only, as it is.
     """
 
     title: str
     summary: str
     tables: tuple[Table, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    appendix: str = ""
 
     def text(self, width: int = 100) -> str:
         """Return the report for a terminal of `width` columns."""
-        return "\n\n".join([table.text(width) for table in self.tables] + [self.summary])
+        summary = textwrap.fill(self.summary, width)
+        return "\n\n".join([*(table.text(width) for table in self.tables), summary])
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        return "\n".join(
-            [f"# {self.title}", "", self.summary, ""] + [t.markdown() for t in self.tables]
-        )
+        parts = [f"# {self.title}", "", self.summary, "", *(t.markdown() for t in self.tables)]
+        if self.appendix:
+            parts += ["```text", self.appendix, "```", ""]
+        return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return title, summary and facts as JSON values."""
