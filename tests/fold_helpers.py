@@ -103,3 +103,25 @@ class Lambda(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
+
+
+IMAGE = torch.randn(2, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def conv_bn(**extra: nn.Module) -> Chain:
+    return Chain(conv=nn.Conv2d(4, 6, 3, bias=False), bn=nn.BatchNorm2d(6), **extra)
+
+
+def values(*shape: int, seed: int = 0, low: float = 0.5, high: float = 1.5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
+
+
+def refused(model: nn.Module, *inputs: Tensor, shapes: bool = False) -> str:
+    """Nothing is folded, nothing changes; return the reason."""
+    keys = list(model.state_dict())
+    result = fold(model, *inputs, shapes=shapes, tolerance=0.0)
+    assert result.changes == ()
+    assert list(result.module.state_dict()) == keys
+    (skip,) = result.skipped
+    return skip.reason
