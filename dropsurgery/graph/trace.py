@@ -27,6 +27,8 @@ from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.attention import ScaledDotProductAttention
 from dropsurgery.layers.dropout import FollowTraining
 
+# Under this key fx finds attributes that a deep copy of a GraphModule keeps.
+_KEPT_BY_DEEPCOPY = "_user_preserved_attributes"
 _REGISTRIES = frozenset(nn.Module().__dict__)
 
 
@@ -198,9 +200,14 @@ def _trace_once(
     *,
     training: bool,
 ) -> ModeTracer:
-    """Trace one mode; record what is done to buffers, or where that fails leave them concrete."""
+    """Trace one mode, as symbolically as the forward allows.
+
+    What is done to buffers is recorded; where that fails, buffers are concrete. `training` is
+    symbolic; where it is handed to a builtin of torch, it is a bool.
+    """
     failure: TraceError | None = None
-    for proxy_buffers in (True, False):
+    proxy_buffers = symbolic_mode = True
+    while True:
         tracer = ModeTracer(
             leaves,
             training=training,
@@ -215,14 +222,18 @@ def _trace_once(
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.clone()
         try:
-            tracer.trace_clone(clone)
+            tracer.trace_clone(clone, symbolic_mode=symbolic_mode)
         except Exception as error:
+            if symbolic_mode and isinstance(error, TypeError) and "ModeFlag" in str(error):
+                symbolic_mode = False
+                continue
             failure = failure or _explain(error, tracer, training)
+            if not proxy_buffers:
+                raise failure from failure.__cause__
+            proxy_buffers = False
             continue
         constants.update(tracer.constants)
         return tracer
-    assert failure is not None
-    raise failure
 
 
 def _explain(error: Exception, tracer: ModeTracer, training: bool) -> TraceError:
@@ -341,7 +352,10 @@ def _assemble(
         if name in _REGISTRIES or name not in module.__dict__:
             module.__dict__[name] = value
     module.graph = graph
-    module.meta = {HISTORY: history}
+    # The root's state-dict version, which its class would carry: loading code branches on it.
+    kept = {"_version": root._version}
+    module.__dict__.update(kept)
+    module.meta = {HISTORY: history, _KEPT_BY_DEEPCOPY: kept}
     return module
 
 

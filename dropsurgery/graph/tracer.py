@@ -153,12 +153,18 @@ class ModeTracer(fx.Tracer):
         self._proxies: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
 
-    def trace_clone(self, clone: nn.Module) -> fx.Graph:
-        """Trace a clone, which is spent by it, and return the graph."""
+    def trace_clone(self, clone: nn.Module, *, symbolic_mode: bool = True) -> fx.Graph:
+        """Trace a clone, which is spent by it, and return the graph.
+
+        With `symbolic_mode` off, `training` is a plain bool and the forward counts as branching;
+        torch's builtins take nothing else.
+        """
         named: list[tuple[str, Tensor]] = [*clone.named_parameters(), *clone.named_buffers()]
         self._tensor_paths = {id(tensor): path for path, tensor in named}
+        self.branched = not symbolic_mode
         for module in clone.modules():
-            module.__dict__["training"] = ModeFlag(module, self)
+            flag = ModeFlag(module, self) if symbolic_mode else self.training
+            module.__dict__["training"] = flag
         self._running = [clone]
         graph = self.trace(clone)
         # The tracer would be needed to unpickle the graph, which never happens with a clone.
