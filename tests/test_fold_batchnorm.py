@@ -287,6 +287,17 @@ def test_in_place_operations_behind_the_fold_stay_right() -> None:
     )
 
 
+def test_readers_of_the_shape_are_no_readers() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        n, c = y.shape[0], y.size(1)
+        z = self.drop(y)
+        return self.bn(z).view(n, c, -1).to(z.dtype)
+
+    parts = {"conv": nn.Conv2d(4, 6, 3), "drop": nn.Dropout(), "bn": nn.BatchNorm2d(6)}
+    assert_all_folded(fold(ready(Lambda(forward, **parts)), IMAGE))
+
+
 def test_in_place_write_before_the_batchnorm_is_another_reader() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         y = self.conv(x)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 from torch.nn.utils import parametrize
 
-from dropsurgery.graph.leaves import FROZEN_BATCHNORMS
+from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, FROZEN_BATCHNORMS
 from dropsurgery.layers import FollowTraining
 
 
@@ -283,17 +283,7 @@ _DROPOUT_FUNCTIONS = frozenset(
         F.feature_alpha_dropout,
     }
 )
-_DROP_FORWARDS = frozenset(
-    {
-        "timm.layers.drop.DropPath",
-        "timm.layers.drop.DropBlock2d",
-        "torchvision.ops.stochastic_depth.StochasticDepth",
-        "torchvision.ops.drop_block.DropBlock2d",
-        "torchvision.ops.drop_block.DropBlock3d",
-        "dropsurgery.layers.drop_path.DropPath",
-        "dropsurgery.layers.dropout.GaussianDropout",
-    }
-)
+_DROP_FORWARDS = DROP_PATHS | DROP_BLOCKS | {"dropsurgery.layers.dropout.GaussianDropout"}
 
 
 def identity_input(node: fx.Node, called: nn.Module | None) -> fx.Node | None:

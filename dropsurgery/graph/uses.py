@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, fx, nn
 
 from dropsurgery.graph.affine import fetch
+
+_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
+_METHODS = frozenset({"size", "dim", "ndimension", "numel", "get_device", "is_floating_point"})
+
+
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """Return the users of a node that read its values, not only its shape, dtype or device."""
+    return [user for user in node.users if not _asks_for_form(user)]
+
+
+def _asks_for_form(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is builtins.getattr:
+        return node.args[1] in _ATTRIBUTES
+    return node.target in (torch.numel, torch.is_floating_point)
 
 
 class Uses:

@@ -24,7 +24,7 @@ from dropsurgery.graph.module import Skip, describe, module_path, place_like
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
-from dropsurgery.graph.uses import Uses
+from dropsurgery.graph.uses import Uses, value_readers
 from dropsurgery.graph.weighted import Weighted, loses_precision, read_weighted
 from dropsurgery.passes.base import Change, Pass, Plan
 from dropsurgery.passes.edit import Editor
@@ -236,9 +236,10 @@ class _Planner:
                 if norm_function(reader, self.called(reader)) is None:
                     raise Refused(f"'{reader.name}' reads its statistics or parameters, too")
         source, identities = self.source(norm.data)
-        if len(source.users) > 1:
-            others = sorted(user.name for user in source.users if user not in (node, *identities))
-            raise Refused(f"its input '{source.name}' is read by {', '.join(others)}, too")
+        others = [user for user in value_readers(source) if user not in (node, *identities)]
+        if others:
+            names = ", ".join(sorted(user.name for user in others))
+            raise Refused(f"its input '{source.name}' is read by {names}, too")
         chain = self.open.get(source) or self.start(source)
         self.check(chain, norm)
         after = norm.affine()
@@ -259,8 +260,9 @@ class _Planner:
         """Walk back over nodes that return their input as it is."""
         identities: list[fx.Node] = []
         while (before := identity_input(data, self.called(data))) is not None:
-            if len(data.users) > 1:
-                names = ", ".join(sorted(user.name for user in data.users))
+            readers = value_readers(data)
+            if len(readers) > 1:
+                names = ", ".join(sorted(user.name for user in readers))
                 raise Refused(f"its input '{data.name}' has several readers: {names}")
             identities.append(data)
             data = before
