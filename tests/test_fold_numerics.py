@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dropsurgery.errors import PassError
+from dropsurgery.graph import weighted
 from dropsurgery.graph.trace import trace
 from dropsurgery.passes.base import apply, run
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
@@ -37,6 +38,17 @@ def test_error_is_no_worse_than_unfolded_in_single_precision() -> None:
         ours = relative(folded(x.float()).double(), reference)
         theirs = relative(single(x.float()).double(), reference)
     assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("block", [1, 50, 10**6])
+def test_blocks_of_the_weight_are_put_together(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(weighted, "_BLOCK", block)
+    for layer in (
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.ConvTranspose2d(4, 6, 3),
+    ):
+        assert_all_folded(fold(ready(Chain(layer=layer, bn=nn.BatchNorm2d(6))), IMAGE))
 
 
 def test_half_precision_layer_and_single_precision_norm_with_tiny_variance() -> None:

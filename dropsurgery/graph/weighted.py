@@ -27,6 +27,8 @@ from dropsurgery.graph.affine import (
 
 # What torch computes convolutions in; anything else (quantised, complex) is left alone.
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+# Entries that are multiplied at a time: 2 MiB in float64.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,25 @@ class Weighted:
     def absorb(self, affine: Affine) -> tuple[Tensor, Tensor]:
         """Return weight and bias with `affine` in them.
 
-        The arithmetic is float64, rounded once to the weight's dtype. Memory beside the result:
-        one float64 copy of the weight. Dense strides (channels_last) are kept.
+        The arithmetic is float64, rounded once to the weight's dtype, and goes by blocks, so that
+        it takes little memory beside the result. Dense strides (channels_last) are kept.
         """
-        wide = self.weight.detach().to(torch.float64, copy=True)
-        by_channel, shape = self._by_channel(wide)
-        by_channel.mul_(affine.scale.view(shape))
-        shift = affine.shift
-        if self.bias is not None:
-            shift = shift + affine.scale * self.bias.detach().double()
-        return wide.to(self.weight.dtype), shift.to(self.weight.dtype)
+        weight = torch.empty_like(self.weight, requires_grad=False)
+        source, shape = self._by_channel(self.weight.detach())
+        target, _ = self._by_channel(weight)
+        scale = affine.scale.view(shape).expand(source.shape)
+        axis = 1 if self.transposed else 0
+        rows = max(1, _BLOCK * source.shape[axis] // source.numel())
+        parts = (tensor.split(rows, axis) for tensor in (target, source, scale))
+        for new, old, factor in zip(*parts, strict=True):
+            new.copy_(old.double() * factor)
+        return weight, self.shifted(affine).to(weight.dtype)
+
+    def shifted(self, affine: Affine) -> Tensor:
+        """Return the bias with `affine` in it, in float64."""
+        if self.bias is None:
+            return affine.shift
+        return affine.shift + affine.scale * self.bias.detach().double()
 
     def _channel_axes(self) -> tuple[int, ...]:
         return (0, 2) if self.transposed else (0,)
@@ -224,10 +235,7 @@ def loses_precision(weighted: Weighted, affine: Affine) -> str | None:
     """
     dtype = weighted.weight.dtype
     peaks = affine.scale.abs() * weighted.peaks()
-    shift = affine.shift
-    if weighted.bias is not None:
-        shift = shift + affine.scale * weighted.bias.detach().double()
-    if not bool(torch.cat((peaks, shift)).to(dtype).isfinite().all()):
+    if not bool(torch.cat((peaks, weighted.shifted(affine))).to(dtype).isfinite().all()):
         return f"the folded weights are not finite in {dtype}"
     largest = float(peaks.max())
     if 0.0 < largest < torch.finfo(dtype).tiny or math.isnan(largest):
