@@ -60,6 +60,9 @@ from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.verify import verify
 
+# After `verify`, so that the name is the function and not the package it lives in.
+from dropsurgery import testing  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -79,6 +82,7 @@ __all__ = [
     "save",
     "slim",
     "survival",
+    "testing",
     "trace",
     "verify",
 ]
