@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
-import shutil
-import tempfile
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,28 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
-from dropsurgery.graph.module import HISTORY
-from dropsurgery.graph.signature import argument_list, named_inputs, named_outputs, shapes
+from dropsurgery.graph.signature import (
+    argument_list,
+    first_line,
+    named_inputs,
+    named_outputs,
+    shapes,
+    signature,
+)
+from dropsurgery.graph.trace import keep_eval, trace
+from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.onnx_writer import (
+    check_opset,
+    check_target,
+    name_nodes,
+    name_values,
+    refuse_random_nodes,
+    save,
+    write_metadata,
+)
 
 BATCH = "batch"
 OPSETS = range(18, 24)
-# A protobuf message holds at most 2 GiB; the graph itself takes some of it.
-ONE_FILE_LIMIT = 2**31 - 64 * 2**20
-_PREFIX = "dropsurgery."
 
 
 def export_onnx(
@@ -71,21 +83,24 @@ def export_onnx(
         ArgumentTypeError: an argument is of the wrong type.
     """
     args = _check_arguments(model, example_inputs, opset)
-    target = _check_target(path)
+    target = check_target(path)
     _check_modes(model)
+    if isinstance(model, TwoModeGraphModule):
+        model = trace(model)
+        keep_eval(model)
     args, outputs = _run_example(model, args, dynamic_batch)
     inputs = named_inputs(model, args)
     with _quiet():
         program = _capture(model, args, dynamic_batch)
         _refuse_randomness(program)
-        onnx_program = _translate(program, args, dynamic_batch, opset)
+        onnx_program = _translate(program, _axes(model, args, dynamic_batch, BATCH), opset)
     ir_model = onnx_program.model
-    _name_values(ir_model, list(inputs), list(named_outputs(outputs)))
-    _name_nodes(ir_model)
-    _refuse_random_nodes(ir_model)
-    _check_opset(ir_model, opset)
-    _write_metadata(ir_model, model)
-    _save(ir_model, target)
+    name_values(ir_model, list(inputs), list(named_outputs(outputs)))
+    name_nodes(ir_model)
+    refuse_random_nodes(ir_model)
+    check_opset(ir_model, opset)
+    write_metadata(ir_model, model)
+    save(ir_model, target)
     return Path(path)
 
 
@@ -111,36 +126,6 @@ def _check_arguments(model: nn.Module, example_inputs: Any, opset: int | None) -
             fix="a tensor, or a tuple of forward's positional arguments",
         )
     return tuple(example_inputs)
-
-
-def _check_target(path: str | os.PathLike[str]) -> Path:
-    """Fail before the long part where the file could not be written after it."""
-    target = Path(path)
-    if target.is_dir():
-        raise ExportError("the path is a folder", where=str(target), fix="name a file in it")
-    if not target.parent.is_dir():
-        raise ExportError(
-            "the folder does not exist", where=str(target.parent), fix="make it, or check the path"
-        )
-    try:
-        os.rmdir(_new_folder(target))
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(13, "the file is read-only")
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    return target
-
-
-def _new_folder(target: Path) -> str:
-    return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-
-
-def _unwritable(target: Path, error: OSError) -> ExportError:
-    return ExportError(
-        f"the file cannot be written: {error.strerror or error}",
-        where=str(target),
-        fix="check permissions and free space, or choose another folder",
-    )
 
 
 def _check_modes(model: nn.Module) -> None:
@@ -208,7 +193,7 @@ def _try(model: nn.Module, args: tuple[Any, ...], problem: str, where: str, fix:
             return model(*args)
     except Exception as error:
         raise ExportError(
-            f"{problem}: {_first_line(error)}",
+            f"{problem}: {first_line(error)}",
             where=f"{type(model).__name__} with {where}",
             fix=fix or f"{argument_list(model)}; check shapes, dtypes and devices",
         ) from error
@@ -225,13 +210,16 @@ def _is_batched(leaf: Any, batch: int | None) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
-def _axes(args: tuple[Any, ...], dynamic_batch: bool, axis: Any) -> tuple[Any, ...] | None:
-    """Return the `dynamic_shapes` tree: `axis` for axis 0 of every batched tensor."""
+def _axes(
+    model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool, axis: Any
+) -> dict[str, Any] | None:
+    """Return the `dynamic_shapes` of the arguments: `axis` for axis 0 of every batched tensor."""
     batch = _batch_size(args)
     if not dynamic_batch or batch is None:
         return None
-    tree: tuple[Any, ...] = pytree.tree_map(
-        lambda leaf: {0: axis} if _is_batched(leaf, batch) else None, args
+    tree: dict[str, Any] = pytree.tree_map(
+        lambda leaf: {0: axis} if _is_batched(leaf, batch) else None,
+        dict(signature(model).bind(*args).arguments),
     )
     return tree
 
@@ -239,7 +227,7 @@ def _axes(args: tuple[Any, ...], dynamic_batch: bool, axis: Any) -> tuple[Any, .
 def _capture(
     model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool
 ) -> torch.export.ExportedProgram:
-    axes = _axes(args, dynamic_batch, torch.export.Dim(BATCH))
+    axes = _axes(model, args, dynamic_batch, torch.export.Dim(BATCH))
     try:
         with torch.no_grad():
             return torch.export.export(model, args, dynamic_shapes=axes, strict=False)
@@ -247,12 +235,12 @@ def _capture(
         where = f"{type(model).__name__} with {shapes(named_inputs(model, args))}"
         if axes is not None and _captures_fixed(model, args):
             raise ExportError(
-                f"the network does not work for every batch size: {_first_line(error)}",
+                f"the network does not work for every batch size: {first_line(error)}",
                 where=where,
                 fix="write its reshapes with x.shape[0] or -1, or export with dynamic_batch=False",
             ) from error
         raise ExportError(
-            f"the network cannot be captured as a graph: {_first_line(error)}",
+            f"the network cannot be captured as a graph: {first_line(error)}",
             where=where,
             fix="no Python branches on the values of tensors; "
             'TORCH_LOGS="+export" shows where it stopped',
@@ -314,208 +302,41 @@ def _place(node: fx.Node) -> str:
 
 
 def _translate(
-    program: torch.export.ExportedProgram,
-    args: tuple[Any, ...],
-    dynamic_batch: bool,
-    opset: int | None,
+    program: torch.export.ExportedProgram, axes: dict[str, Any] | None, opset: int | None
 ) -> torch.onnx.ONNXProgram:
     try:
         onnx_program = torch.onnx.export(
             program,
             (),
             dynamo=True,
-            dynamic_shapes=_axes(args, dynamic_batch, BATCH),
+            dynamic_shapes=axes,
             opset_version=opset,
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        node, problem = _failed_node(program, error)
+        node = _failed_node(error)
+        what = f": {node.target}" if node is not None else f": {first_line(error)}"
         raise ExportError(
-            f"ONNX has no counterpart for a part of the network: {problem}",
-            where=node,
+            f"ONNX has no counterpart for a part of the network{what}",
+            where=_place(node) if node is not None else None,
             fix="replace the operator, or try a higher opset",
         ) from error
     assert onnx_program is not None
     return onnx_program
 
 
-def _failed_node(
-    program: torch.export.ExportedProgram, error: BaseException
-) -> tuple[str | None, str]:
-    """Return where the translation stopped, and why, from the chain of the exporter's errors."""
-    where, problem, cause = None, _first_line(error), error.__cause__
+def _failed_node(error: BaseException) -> fx.Node | None:
+    """Return the node at which the translation stopped.
+
+    The message has only a generated name; the exporter's own frames hold the node.
+    """
+    found, cause = None, error.__cause__
     while cause is not None:
-        problem = _first_line(cause)
-        for node in program.graph.nodes:
-            if f"%{node.name} :" in str(cause):
-                where = _place(node)
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            node = frame.f_locals.get("node")
+            found = node if isinstance(node, fx.Node) else found
         cause = cause.__cause__
-    return where, problem
-
-
-def _name_values(ir_model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Name the graph's inputs and outputs; other values that bear such a name are renamed."""
-    graph = ir_model.graph
-    if len(graph.outputs) != len(outputs):
-        raise ExportError(
-            f"the network returns {len(outputs)} tensors and its graph {len(graph.outputs)}",
-            fix="return tensors only: numbers and None are not kept",
-        )
-    # A value that is returned twice, or an input that is returned, is one value under two names.
-    seen: set[int] = {id(value) for value in graph.inputs} | {
-        id(value) for value in graph.initializers.values()
-    }
-    import onnx_ir
-
-    for index, value in enumerate(graph.outputs):
-        if id(value) in seen:
-            copied = onnx_ir.node("Identity", [value])
-            graph.append(copied)
-            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
-            graph.outputs[index] = copied.outputs[0]
-        seen.add(id(graph.outputs[index]))
-    tensors = [value for value in graph.inputs if value.type is not None]
-    if len(tensors) != len(inputs):
-        raise ExportError(
-            f"the network takes {len(inputs)} tensors ({', '.join(inputs)}) and its graph "
-            f"{len(tensors)} ({', '.join(str(value.name) for value in tensors)})",
-            fix="pass tensors only; give other arguments their values as defaults of forward",
-        )
-    wanted = dict(zip(map(id, tensors), inputs, strict=True))
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        wanted[id(value)] = f"{name}_out" if name in inputs else name
-    taken = set(wanted.values())
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            if value.name in taken and id(value) not in wanted:
-                value.name = f"{value.name}_inner"
-    for value in [*graph.initializers.values()]:
-        if value.name in taken and id(value) not in wanted:
-            graph.initializers.pop(value.name)
-            value.name = f"{value.name}_weight"
-            graph.initializers[value.name] = value
-    for value in [*tensors, *graph.outputs]:
-        value.name = wanted[id(value)]
-
-
-def _name_nodes(ir_model: Any) -> None:
-    """Name each node after the module that holds it, and drop what tells of this machine.
-
-    The exporter records source lines with the paths of this file system.
-    """
-    taken: set[str] = set()
-    for node in ir_model.graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        path = json.loads(scopes.replace("'", '"'))[:-1] if scopes else []
-        stem = f"{path[-1]}/{node.op_type}" if path and path[-1] else node.op_type
-        name, count = stem, 1
-        while name in taken:
-            name, count = f"{stem}_{count}", count + 1
-        taken.add(name)
-        node.name = name
-
-
-def _refuse_random_nodes(ir_model: Any) -> None:
-    """Look once more at the result: functions and custom translations can bring randomness in."""
-    import onnx
-
-    for node in ir_model.graph.all_nodes():
-        try:
-            schema: Any = onnx.defs.get_schema(node.op_type, 23, node.domain)
-        except onnx.defs.SchemaError:
-            continue  # a custom operator: nothing is known of it
-        random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
-        # Dropout without its third input, training_mode, is the identity.
-        if random and not (node.op_type == "Dropout" and len(node.inputs) < 3):
-            raise ExportError(
-                f"the exported graph draws random numbers ({node.op_type})",
-                where=node.name,
-                fix="take the randomness out, or make the noise an input",
-            )
-
-
-def _check_opset(ir_model: Any, opset: int | None) -> None:
-    found = ir_model.opset_imports.get("")
-    if opset is not None and found != opset:
-        raise ExportError(
-            f"the exporter could not convert the graph to opset {opset}, it needs {found}",
-            fix=f"opset={found}, or None",
-        )
-
-
-def _write_metadata(ir_model: Any, model: nn.Module) -> None:
-    import onnx
-
-    import dropsurgery
-
-    record: Mapping[str, Any] = (
-        model.meta.get(HISTORY, {}) if isinstance(model, fx.GraphModule) else {}
-    )
-    cls = type(model)
-    ir_model.metadata_props.update(
-        {
-            f"{_PREFIX}version": dropsurgery.__version__,
-            f"{_PREFIX}torch": torch.__version__,
-            f"{_PREFIX}onnx": onnx.__version__,
-            f"{_PREFIX}source": record.get("source") or f"{cls.__module__}.{cls.__qualname__}",
-            f"{_PREFIX}passes": json.dumps(record.get("passes", [])),
-            f"{_PREFIX}inputs": json.dumps([value.name for value in ir_model.graph.inputs]),
-            f"{_PREFIX}outputs": json.dumps([value.name for value in ir_model.graph.outputs]),
-        }
-    )
-
-
-def _save(ir_model: Any, target: Path) -> None:
-    """Write beside the target, check, and move into place."""
-    import onnx
-    import onnx_ir
-
-    size = sum(value.const_value.nbytes for value in ir_model.graph.initializers.values())
-    sidecar = f"{target.name}.data" if size > ONE_FILE_LIMIT else None
-    folder: Path | None = None
-    try:
-        folder = Path(_new_folder(target))
-        written = folder / target.name
-        onnx_ir.save(ir_model, written, format="protobuf", external_data=sidecar)
-        onnx.checker.check_model(str(written))
-        _move(folder, target, sidecar)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"the exported file is not valid ONNX: {_first_line(error)}",
-            fix="try another opset; if it stays, please report it with the model",
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(folder: Path, target: Path, sidecar: str | None) -> None:
-    """Move the file, and its weights where they are apart, into place; undo it when interrupted.
-
-    Two files cannot be replaced in one step. The old weights wait in `folder` until the model that
-    refers to the new ones is there.
-    """
-    if sidecar is None:
-        os.replace(folder / target.name, target)
-        return
-    weights, kept = target.parent / sidecar, folder / "before"
-    had_weights = weights.exists()
-    done = False
-    try:
-        if had_weights:
-            os.replace(weights, kept)
-        os.replace(folder / sidecar, weights)
-        os.replace(folder / target.name, target)
-        done = True
-    finally:
-        if not done:
-            if kept.exists():
-                os.replace(kept, weights)
-            elif not had_weights:
-                weights.unlink(missing_ok=True)
+    return found
 
 
 @contextlib.contextmanager
@@ -547,8 +368,3 @@ def _quiet() -> Iterator[None]:
                 handler.removeFilter(mute)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__

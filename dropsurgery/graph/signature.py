@@ -6,12 +6,30 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from inspect import Parameter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dropsurgery.errors import ArgumentTypeError
+
+
+def signature(model: nn.Module) -> inspect.Signature:
+    """Return the signature of `forward`; that of a graph module is told by its placeholders."""
+    if not isinstance(model, fx.GraphModule):
+        return inspect.signature(model.forward)
+    parameters = []
+    for node in model.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        kind = {0: Parameter.POSITIONAL_OR_KEYWORD, 1: Parameter.VAR_POSITIONAL}.get(
+            len(name) - len(name.lstrip("*")), Parameter.VAR_KEYWORD
+        )
+        default = node.args[0] if node.args else Parameter.empty
+        parameters.append(Parameter(name.lstrip("*"), kind, default=default))
+    return inspect.Signature(parameters)
 
 
 def named_inputs(
@@ -26,7 +44,7 @@ def named_inputs(
         ArgumentTypeError: the arguments do not fit the signature of `forward`.
     """
     try:
-        bound = inspect.signature(model.forward).bind(*args, **(kwargs or {})).arguments
+        bound = signature(model).bind(*args, **(kwargs or {})).arguments
     except TypeError as error:
         raise ArgumentTypeError(
             f"the inputs do not fit {type(model).__name__}.forward: {error}",
@@ -42,7 +60,7 @@ def named_inputs(
 
 def argument_list(model: nn.Module) -> str:
     """Return the arguments of `forward` as text, for messages."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = signature(model).parameters.values()
     return f"forward takes ({', '.join(str(p).split(':')[0] for p in parameters)})"
 
 
@@ -110,3 +128,9 @@ def shapes(tensors: Mapping[str, torch.Tensor]) -> str:
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
         for name, t in tensors.items()
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentTypeError, VerifyError
-from dropsurgery.graph.signature import argument_list
+from dropsurgery.graph.signature import argument_list, signature
 
 # Usual sizes of images and lengths of sequences, in the order in which they are tried.
 SIZES = {1: (16, 64, 256), 2: (64, 224, 32, 28, 299, 384), 3: (16, 32, 112)}
@@ -212,7 +211,7 @@ def guessed_specs(model: nn.Module) -> list[list[Spec]]:
     Raises:
         VerifyError: it takes several inputs, or its first layer does not tell.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = signature(model).parameters.values()
     required = [
         p
         for p in parameters

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, DropsurgeryError, VerifyError
-from dropsurgery.graph.signature import argument_list, named_inputs, shapes
+from dropsurgery.graph.signature import argument_list, first_line, named_inputs, shapes, signature
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import (
     Case,
@@ -24,7 +24,7 @@ from dropsurgery.verify.cases import (
 )
 from dropsurgery.verify.gate import Errors, Gate, Tally, errors, trust_limit
 from dropsurgery.verify.onnx_file import OnnxRunner
-from dropsurgery.verify.run import ModuleRunner, first_line
+from dropsurgery.verify.run import ModuleRunner
 from dropsurgery.verify.verdict import OutputVerdict, Verdict
 
 Progress = Callable[[str], None]
@@ -154,12 +154,12 @@ class _Comparison:
 
     def _binder(self, names: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return how tensors for the file's inputs become arguments of the reference's forward."""
-        parameters = inspect.signature(self.model.forward).parameters
+        parameters = signature(self.model).parameters
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         if all(name in parameters and parameters[name].kind in kinds for name in names):
             return lambda tensors: ((), dict(zip(names, tensors, strict=True)))
         try:
-            inspect.signature(self.model.forward).bind(*names)
+            signature(self.model).bind(*names)
         except TypeError as error:
             raise VerifyError(
                 f"the file takes {names}, which do not fit the reference: {error}",
@@ -315,7 +315,7 @@ class _Comparison:
     def _judge(self, name: str, tally: Tally) -> OutputVerdict:
         found = None if tally.exact else errors(tally, self.gate)
         share = tally.differing / tally.count if tally.count else 0.0
-        reason = tally.problem or _reason(tally, found, self.gate)
+        reason = tally.problem or _reason(tally, found)
         return OutputVerdict(
             name=name,
             ok=not reason,
@@ -324,14 +324,12 @@ class _Comparison:
             count=tally.count,
             reference_error=found.reference if found else None,
             candidate_error=found.candidate if found else (share if tally.exact else None),
-            rmse_ratio=found.rmse if found else None,
-            max_ratio=found.maximum if found else None,
-            typical_ratio=found.typical if found else None,
+            ratios=found.ratios if found else (),
             reason=reason,
         )
 
 
-def _reason(tally: Tally, found: Errors | None, gate: Gate) -> str:
+def _reason(tally: Tally, found: Errors | None) -> str:
     if tally.differing:
         return f"{tally.differing} of {tally.count} values differ"
     if not tally.count:
@@ -343,15 +341,7 @@ def _reason(tally: Tally, found: Errors | None, gate: Gate) -> str:
             f"the reference's own error is {found.reference:.2g} of the output: "
             "it computes too inexactly to be compared with"
         )
-    over = [
-        f"{what} ratio {ratio:.3g} > {limit:g}"
-        for what, ratio, limit in (
-            ("rmse", found.rmse, gate.rmse),
-            ("max", found.maximum, gate.maximum),
-            ("typical", found.typical, gate.typical),
-        )
-        if not ratio <= limit
-    ]
+    over = [f"{r.kind} ratio {r.value:.3g} > {r.limit:.2g}" for r in found.ratios if not r.ok]
     return "error beyond rounding: " + ", ".join(over) if over else ""
 
 

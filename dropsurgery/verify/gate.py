@@ -18,22 +18,35 @@ from torch import Tensor
 class Gate:
     """How far a candidate may be from the float64 run, in multiples of the reference's own error.
 
-    Three ratios are taken over all inputs, each of which counts the same whatever the size of its
-    output. Errors are relative to the output's root mean square.
+    Four ratios are taken over all inputs, each of which counts the same whatever the size of its
+    output. Errors are relative to the output's root mean square. Where an output has few values,
+    which estimate an error poorly, the limits are wider (`widened`).
 
     Attributes:
         rmse: limit of the ratio of root-mean-square errors.
         maximum: limit of the ratio of largest errors: one wrong element among many.
         typical: limit of the ratio of geometric means of errors: small elements that are wrong
             beside large ones, whose rounding would hide them in the other two.
+        mean: limit of the ratio of errors after averaging each element over the inputs: rounding
+            averages out, and what is left is wrong for every input.
         floor: errors below this many units of rounding (`torch.finfo(dtype).eps`) count as none:
             the reference may be exact by luck.
     """
 
-    rmse: float = 4.0
-    maximum: float = 6.0
-    typical: float = 4.0
+    rmse: float = 3.0
+    maximum: float = 5.0
+    typical: float = 3.0
+    mean: float = 4.0
     floor: float = 4.0
+
+
+def widened(limit: float, count: int, spread: float = 1.0) -> float:
+    """Return a limit for a ratio of two errors that were estimated from `count` values each.
+
+    The logarithm of such a ratio has a standard deviation of about `spread / sqrt(count)`; four of
+    these are allowed for.
+    """
+    return limit * math.exp(4 * spread / math.sqrt(count))
 
 
 # The reference's own error at which it is no yardstick any more: half of its digits are gone.
@@ -77,6 +90,8 @@ class Tally:
         count: elements that were compared.
         problem: the first thing that no tolerance covers: a shape, a dtype, a NaN.
         varies: whether any two rows that the reference returned differ.
+        rows, own_total, other_total: rows so far, and the sums over them of each element's error,
+            of the reference and of the candidate.
     """
 
     dtype: torch.dtype
@@ -85,6 +100,9 @@ class Tally:
     count: int = 0
     problem: str = ""
     varies: bool = False
+    rows: int = 0
+    own_total: Tensor | None = None
+    other_total: Tensor | None = None
     _first: Tensor | None = None
 
     def add(self, native: Tensor, wide: Tensor, candidate: Tensor, label: str) -> None:
@@ -99,6 +117,7 @@ class Tally:
             self.differing += int((native != candidate).sum())
         elif native.numel():
             self.sums.append(_sums(native, wide, candidate, unit(self.dtype)))
+            self._total(native, wide, candidate, self.sums[-1].scale)
 
     def _see(self, native: Tensor) -> None:
         row = native[:1] if native.ndim else native
@@ -106,6 +125,22 @@ class Tally:
             self._first = row.clone()
         same_shape = self._first.shape[1:] == native.shape[1:]
         self.varies = self.varies or not same_shape or bool((native != self._first).any())
+
+    def _total(self, native: Tensor, wide: Tensor, candidate: Tensor, scale: float) -> None:
+        """Add up errors element by element, over the rows of a batch and over inputs."""
+        if not scale:
+            return
+        finite = native.isfinite()
+        own = torch.where(finite, native - wide, 0) / scale
+        other = torch.where(finite, candidate - wide, 0) / scale
+        if native.ndim:
+            own, other = own.sum(0), other.sum(0)
+        if self.own_total is None or self.other_total is None:
+            self.own_total, self.other_total = torch.zeros_like(own), torch.zeros_like(other)
+        if self.own_total.shape == own.shape:  # sizes beside the batch may vary between inputs
+            self.own_total += own
+            self.other_total += other
+            self.rows += native.shape[0] if native.ndim else 1
 
     @property
     def exact(self) -> bool:
@@ -172,20 +207,38 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A candidate's error in multiples of the reference's own.
+
+    Attributes:
+        kind: "rmse", "max", "typical" or "mean"; see `Gate`.
+        value: the ratio.
+        limit: the most that is rounding.
+    """
+
+    kind: str
+    value: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the ratio is within its limit."""
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
 class Errors:
     """What the gate decides on, for one output.
 
     Attributes:
         reference: relative root-mean-square error of the reference in its own dtype.
         candidate: that of the candidate.
-        rmse, maximum, typical: the three ratios; an own error below the floor counts as the floor.
+        ratios: the four ratios; an own error below the floor counts as the floor.
     """
 
     reference: float
     candidate: float
-    rmse: float
-    maximum: float
-    typical: float
+    ratios: tuple[Ratio, ...]
 
 
 def errors(tally: Tally, gate: Gate) -> Errors | None:
@@ -196,24 +249,31 @@ def errors(tally: Tally, gate: Gate) -> Errors | None:
     # An output that is zero on one input is measured by its size on the others.
     largest = max(s.scale for s in sums)
     scales = [s.scale or largest or 1.0 for s in sums]
-    eps = unit(tally.dtype)
+    floor = gate.floor * unit(tally.dtype)
 
     def pooled(values: list[float]) -> float:
         relative = [v / s for v, s in zip(values, scales, strict=True)]
         return math.sqrt(sum(r * r for r in relative) / len(relative))
 
+    def worst(values: list[float]) -> float:
+        return max(v / s for v, s in zip(values, scales, strict=True))
+
+    def ratio(kind: str, own: float, other: float, limit: float, count: int) -> Ratio:
+        limit = widened(limit, count)
+        return Ratio(kind, other / max(own, floor / limit), limit)
+
     own, other = pooled([s.reference for s in sums]), pooled([s.candidate for s in sums])
-    own_max = max(s.reference_max / scale for s, scale in zip(sums, scales, strict=True))
-    other_max = max(s.candidate_max / scale for s, scale in zip(sums, scales, strict=True))
+    own_max = worst([s.reference_max for s in sums])
+    other_max = worst([s.candidate_max for s in sums])
     logs = [s.candidate_log - s.reference_log for s in sums]
-    return Errors(
-        reference=own,
-        candidate=other,
-        rmse=_ratio(other, own, gate.floor * eps / gate.rmse),
-        maximum=_ratio(other_max, own_max, gate.floor * eps / gate.maximum),
-        typical=math.exp(sum(logs) / len(logs)),
-    )
-
-
-def _ratio(candidate: float, reference: float, floor: float) -> float:
-    return candidate / max(reference, floor)
+    ratios = [
+        ratio("rmse", own, other, gate.rmse, tally.count),
+        ratio("max", own_max, other_max, gate.maximum, tally.count),
+        # The logarithm of one normal error spreads by 1.1, that of a ratio of two by 1.6.
+        Ratio("typical", math.exp(sum(logs) / len(logs)), widened(gate.typical, tally.count, 1.6)),
+    ]
+    if tally.own_total is not None and tally.other_total is not None:
+        own_mean = _rms(_real(tally.own_total)) / tally.rows
+        other_mean = _rms(_real(tally.other_total)) / tally.rows
+        ratios.append(ratio("mean", own_mean, other_mean, gate.mean, tally.own_total.numel()))
+    return Errors(own, other, tuple(ratios))

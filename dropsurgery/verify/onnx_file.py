@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dropsurgery.errors import VerifyError
+from dropsurgery.graph.signature import first_line
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Spec
-from dropsurgery.verify.run import first_line
 
 _DTYPES = {
     "tensor(float)": torch.float32,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -123,14 +123,3 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
-
-
-def describe(tensors: Mapping[str, Tensor]) -> str:
-    """Return the names and shapes of outputs, for messages."""
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropsurgery.tables import render
-from dropsurgery.verify.gate import Gate
+from dropsurgery.verify.gate import Gate, Ratio
+
+KINDS = ("rmse", "max", "typical", "mean")
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,7 @@ class OutputVerdict:
             its float64 run; None for integers and booleans.
         candidate_error: that of the candidate; for integers and booleans the share of elements
             that differ.
-        rmse_ratio: candidate's over reference's root-mean-square error; see `Gate`.
-        max_ratio: the same for the largest errors.
-        typical_ratio: the same for the geometric means of errors.
+        ratios: candidate's error over the reference's, four ways, with their limits; see `Gate`.
         reason: why it did not pass; "" where it did.
     """
 
@@ -37,9 +37,7 @@ class OutputVerdict:
     count: int
     reference_error: float | None
     candidate_error: float | None
-    rmse_ratio: float | None
-    max_ratio: float | None
-    typical_ratio: float | None
+    ratios: tuple[Ratio, ...]
     reason: str = ""
 
 
@@ -73,13 +71,12 @@ class Verdict:
         return self.ok
 
     def __str__(self) -> str:
-        gate = self.gate
-        limits = f"limits {gate.rmse:g}, {gate.maximum:g}, {gate.typical:g}"
         table = render(
-            ("output", "dtype", "shape", "own error", "error", "rmse", "max", "typical", "verdict"),
+            ("output", "dtype", "shape", "own error", "error", *KINDS, "verdict"),
             [_row(output) for output in self.outputs],
             title=f"{self.candidate} against {self.reference} on {self.provider}",
-            caption=f"errors against float64, relative to the output; then ratios, {limits}",
+            caption="own error: of the reference against its float64 run, relative to the output; "
+            "error: of the candidate; then ratio/limit",
         )
         lines = [table, f"inputs: {'; '.join(self.inputs)}"]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -94,17 +91,13 @@ class Verdict:
 
 
 def _row(output: OutputVerdict) -> tuple[str, ...]:
-    errors = (
-        output.reference_error,
-        output.candidate_error,
-        output.rmse_ratio,
-        output.max_ratio,
-        output.typical_ratio,
-    )
+    errors = (output.reference_error, output.candidate_error)
+    ratios = {ratio.kind: f"{ratio.value:.3g}/{ratio.limit:.2g}" for ratio in output.ratios}
     return (
         output.name,
         output.dtype,
         "x".join(map(str, output.shape)) or "scalar",
         *("-" if error is None else f"{error:.3g}" for error in errors),
+        *(ratios.get(kind, "-") for kind in KINDS),
         "ok" if output.ok else "differs",
     )

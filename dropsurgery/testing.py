@@ -1,0 +1,68 @@
+"""For other people's test suites: one assertion, with a message that explains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dropsurgery.verify import Gate, Verdict, verify
+
+
+def assert_equivalent(
+    reference: nn.Module,
+    candidate: str | os.PathLike[str] | nn.Module,
+    inputs: Any = None,
+    *,
+    provider: str = "cpu",
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_sizes: Sequence[int] = (1, 3),
+    gate: Gate | None = None,
+) -> None:
+    """Assert that a candidate computes what a network computes in eval mode.
+
+    Args:
+        reference: the original network; it is not changed, whatever mode it is in.
+        candidate: another module, or the path of an ONNX file.
+        inputs, provider, seeds, batch_sizes, gate: as in `dropsurgery.verify`.
+
+    Raises:
+        AssertionError: it does not. The message holds the table of `verify`, the outputs that
+            differ and what to do about them.
+        VerifyError: the comparison could not be carried out; this is no failed comparison.
+    """
+    __tracebackhide__ = True  # pytest shows the caller's line
+    verdict = verify(
+        reference,
+        candidate,
+        inputs,
+        provider=provider,
+        seeds=seeds,
+        batch_sizes=batch_sizes,
+        gate=gate,
+    )
+    if not verdict.ok:
+        raise AssertionError(f"{verdict}\n{_advice(verdict)}")
+
+
+def _advice(verdict: Verdict) -> str:
+    """Return what to do, by the kind of the failure."""
+    reasons = [output.reason for output in verdict.outputs if output.reason]
+    if any("NaN" in reason for reason in reasons):
+        step = "look for divisions, logarithms and square roots of what may be zero or negative"
+    elif any("too inexactly" in reason for reason in reasons):
+        step = "compare in float32, or pass inputs= that are like the network's own"
+    elif any("error beyond rounding" in reason for reason in reasons):
+        step = (
+            "a weight, a statistic, an epsilon or an activation was changed: compare the network "
+            "before and after each step (assert_equivalent takes two modules) to find which"
+        )
+    elif any("dtype" in reason or "shape" in reason for reason in reasons):
+        step = "export again from this network, with inputs of its own dtype and rank"
+    else:
+        step = "check that the candidate was made from this network, with the same outputs"
+    failed = [output.name for output in verdict.outputs if not output.ok]
+    where = f"outputs {', '.join(failed)}: " if failed else ""
+    return f"what to do: {where}{step}"
