@@ -16,9 +16,11 @@ from dropsurgery.graph.trace import trace
 from dropsurgery.passes.base import apply, run
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from tests.fold_helpers import (
+    IMAGE,
     Chain,
     assert_all_folded,
     conv_bn,
+    fold,
     norms_left,
     ready,
     reasons,

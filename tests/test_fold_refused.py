@@ -161,6 +161,16 @@ def test_unbatched_input() -> None:
     assert "are on axis 0" in refused(mixed, x)  # the BatchNorm2d rules a batch out
 
 
+def test_linear_function_with_a_vector_as_weight() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return F.batch_norm(F.linear(x, self.w), self.mean, self.var)
+
+    parts = {"w": torch.randn(4), "mean": values(6, seed=1), "var": values(6, seed=2)}
+    x = torch.randn(3, 6, 4, dtype=torch.float64)
+    reason = refused(Lambda(forward, **parts).double().eval(), x, shapes=True)
+    assert "linear 'linear' has a weight of rank 1" in reason
+
+
 def test_features_that_are_not_the_channels() -> None:
     from torchvision.ops import FrozenBatchNorm2d
 

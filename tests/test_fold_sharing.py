@@ -224,3 +224,15 @@ def test_original_and_result_share_what_was_not_rewritten() -> None:
     with torch.no_grad():
         result.module.get_submodule("0").weight.zero_()
     assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_functional_weight_that_is_tied_to_a_module() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.bn(F.conv2d(x, self.w, padding=1)) + self.conv(x)
+
+    model = Lambda(forward, conv=conv(), bn=norm())
+    model.w = model.conv.weight
+    result = fold(ready(model), X)
+    assert_all_folded(result)
+    assert result.changes[0].what.endswith("; its weight is no longer tied to that of 'conv'")
+    assert torch.equal(result.module.conv.weight, model.conv.weight)

@@ -69,15 +69,14 @@ class Weighted:
         """Return the largest |weight| of each output channel, in float64; NaN where one is NaN."""
         weight, _ = self._by_channel(self.weight.detach())
         axes = tuple(axis for axis in range(weight.ndim) if axis not in self._channel_axes())
-        if not axes:  # cannot happen for torch's own layers: each has an input axis
-            return weight.abs().double().flatten()
         return torch.maximum(weight.amax(axes), weight.amin(axes).neg()).double().flatten()
 
     def absorb(self, affine: Affine) -> tuple[Tensor, Tensor]:
         """Return weight and bias with `affine` in them.
 
         The arithmetic is float64, rounded once to the weight's dtype, and goes by blocks, so that
-        it takes little memory beside the result. Dense strides (channels_last) are kept.
+        it takes little memory beside the result. Dense strides (channels_last) are kept. (To half
+        precision torch converts through float32: a value within 2⁻²⁵ of a tie may go either way.)
         """
         weight = torch.empty_like(self.weight, requires_grad=False)
         source, shape = self._by_channel(self.weight.detach())
@@ -165,6 +164,8 @@ def read_weighted(root: nn.Module, node: fx.Node, called: nn.Module | None) -> W
     if len(dtypes) > 1 or dtypes.isdisjoint(_DTYPES):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise Refused(f"{found.label} has parameters of {names}")
+    if found.weight.ndim != (found.spatial or 0) + 2:
+        raise Refused(f"{found.label} has a weight of rank {found.weight.ndim}")
     if any(t.is_meta or not t.numel() for t in found.tensors):
         raise Refused(f"{found.label} has parameters without values")
     return found

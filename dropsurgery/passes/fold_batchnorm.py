@@ -74,6 +74,7 @@ class FoldBatchNorm(Pass):
 
     Which axis carries the channels is proved (`dropsurgery.graph.channels`); for a linear layer
     that mostly takes example inputs: `ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))`.
+    A convolution is taken to be batched, unless shapes or the graph say that it is not.
 
     The folded layers get new parameters, which keep dtype, device, strides and `requires_grad`.
     The BatchNorm's state-dict entries go; a layer without a bias gains one. A layer that is called
@@ -147,6 +148,14 @@ class _Chain:
             for _, norm in self.norms
         ]
         return (id(self.weighted.module or self.producer), *norms)
+
+    @property
+    def owner(self) -> str:
+        """The path of the module that has the weight."""
+        weight = self.weighted.operands[0]
+        return str(
+            self.producer.target if weight is None else str(weight.target).rpartition(".")[0]
+        )
 
     def site(self) -> Site:
         """Return the chain as plain data."""
@@ -343,10 +352,10 @@ class _Planner:
         notes = ""
         if step.copy_to is not None:
             notes += f"; this call has a copy of its own, '{step.copy_to}'"
-        elif chain.weighted.module is not None:
-            weight = chain.weighted.weight
-            own = self.modules[str(chain.producer.target)]
-            tied = [p for p in self.uses.holders(weight) if self.modules[p] is not own]
+        else:
+            holders = self.uses.holders(chain.weighted.weight)
+            owner = self.modules[chain.owner]
+            tied = [path for path in holders if self.modules[path] is not owner]
             if tied:
                 notes += f"; its weight is no longer tied to that of {', '.join(map(repr, tied))}"
         found: list[Change] = []
@@ -368,9 +377,9 @@ class _Surgeon(Editor):
     def fold(self, step: Fold) -> None:
         """Put the BatchNorms of a step into the layer, and take them out of the graph.
 
-        The layer's output had the BatchNorm as its only reader, and takes its place: whoever reads
-        or overwrites it from now on read or overwrote the BatchNorm's output, which likewise was a
-        new tensor. In-place operations behind a fold are therefore as right as they were.
+        The layer's output and the BatchNorm's are both new tensors, and nobody but the BatchNorm
+        read the values of the first. So the first can stand in for the second: what wrote to the
+        one in place, or shared memory with it, does so with the other, and nothing else can tell.
         """
         for site in step.sites:
             for name in site.identities:
