@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from typing import Any
 
 import torch
 from torch import nn
+
+
+_ATOMS = frozenset({bool, int, float, str, type(None), torch.Tensor, nn.Parameter, torch.Size})
 
 
 def clone_structure(model: nn.Module) -> nn.Module:
@@ -36,15 +40,17 @@ def clone_structure(model: nn.Module) -> nn.Module:
 
 def _remap(value: Any, clones: dict[int, nn.Module]) -> Any:
     """Copy containers, and replace references to cloned modules inside them."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
     if isinstance(value, nn.Module):
         return clones.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])
-    kind = type(value)
     if kind in (list, set) or (kind is tuple and value):
         return kind(_remap(item, clones) for item in value)
     if isinstance(value, dict):
-        copied = value.copy()
+        copied = copy.copy(value)
         for key, item in value.items():
             copied[key] = _remap(item, clones)
         return copied
