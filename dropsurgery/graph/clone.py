@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
-
 
 _ATOMS = frozenset({bool, int, float, str, type(None), torch.Tensor, nn.Parameter, torch.Size})
 
@@ -47,10 +47,12 @@ def _remap(value: Any, clones: dict[int, nn.Module]) -> Any:
         return clones.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])
-    if kind in (list, set) or (kind is tuple and value):
+    if kind in (list, tuple, set):
+        if all(type(item) in _ATOMS for item in value):
+            return value if kind is tuple else value.copy()
         return kind(_remap(item, clones) for item in value)
     if isinstance(value, dict):
-        copied = copy.copy(value)
+        copied = value.copy() if kind in (dict, OrderedDict) else copy.copy(value)
         for key, item in value.items():
             copied[key] = _remap(item, clones)
         return copied
