@@ -317,7 +317,9 @@ def _tell(result: Any, output: Path | None, model: str, as_json: bool) -> int:
         directory = None if output is None else str(output)
         document = {"changes": _records(done, changes), "skipped": _records(left, skipped)}
         return _print_json({"model": model, "directory": directory, **document, **vars(counts)})
-    _print(_table(done, changes, f"{model}: {len(changes)} changes"))
+    # What was done names its module; the table of what was not needs the place as well.
+    told = [(by, what) for by, _, _, what in changes]
+    _print(_table(("pass", "what"), told, f"{model}: {len(changes)} changes"))
     if skipped:
         _print("\n" + _table(left, skipped, f"{len(skipped)} left alone"))
     _print(f"\n{_counts(counts)}")
