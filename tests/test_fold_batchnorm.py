@@ -82,6 +82,42 @@ def test_changes_name_the_modules() -> None:
     assert (change.module, change.by) == ("", "FoldBatchNorm") or change.module == "stem"
 
 
+VIEWS = {
+    "levit": lambda y: y.flatten(0, 1),
+    "transpose": lambda y: y.transpose(1, 2),
+    "negative transpose": lambda y: torch.transpose(y, -1, -2).contiguous(),
+    "permute": lambda y: y.permute(0, 2, 1),
+    "permute list": lambda y: torch.permute(y, (1, -1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_linear_on_three_axes_whose_channels_are_moved_to_axis_one(name: str) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.fc(x.flatten(2))
+        z = self.bn(self.drop(VIEWS[name](y)))
+        # Shapes are recorded on fake tensors, whose BatchNorm keeps strides that the real one's
+        # output does not have.
+        z = z.view(-1) if flat else z
+        return z.relu_().reshape_as(y)
+
+    parts = {"fc": nn.Linear(5, 5), "drop": nn.Dropout(), "bn": nn.BatchNorm1d(5)}
+    x = torch.randn(2, 5, 5, 1, dtype=torch.float64)
+    flat = True
+    assert_all_folded(fold(ready(Lambda(forward, **parts)), x))
+    flat = False
+    assert_all_folded(fold(ready(Lambda(forward, **parts)), x, shapes=True))
+
+
+def test_views_between_batchnorms() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.first(self.conv(x)).permute(2, 1, 0, 3)
+        return self.second(y)
+
+    parts = {"conv": nn.Conv2d(4, 6, 3), "first": nn.BatchNorm2d(6), "second": nn.BatchNorm2d(6)}
+    assert_all_folded(fold(ready(Lambda(forward, **parts)), IMAGE))
+
+
 def test_several_batchnorms_in_a_row_are_rounded_once() -> None:
     model = ready(conv_bn(second=nn.BatchNorm2d(6), third=nn.BatchNorm2d(6, affine=False)))
     result = fold(model, IMAGE)

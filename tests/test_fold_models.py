@@ -29,6 +29,7 @@ MODELS = [
     ("timm:efficientnet_b0", 64, 49, 0),
     ("timm:tf_efficientnet_b0", 64, 49, 0),
     ("timm:darknet53", 64, 52, 0),
+    ("timm:levit_128s", 224, 52, 2),
 ]
 
 

@@ -133,10 +133,33 @@ def test_linear_on_three_axes_with_equal_sizes() -> None:
     """fx.fuse, torch.ao and jit.freeze are silently wrong by 4 to 6 here."""
     model = ready(Chain(fc=nn.Linear(5, 6), bn=nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 5, dtype=torch.float64)
-    assert "it normalises axis 1, and the channels of Linear 'fc' are on axis 2" in refused(
-        model, x, shapes=True
-    )
+    reason = refused(model, x, shapes=True)
+    assert "axis 1 of the output of Linear 'fc', and the channels are on axis 2" in reason
     assert "ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))" in refused(model, x)
+
+
+@pytest.mark.parametrize("name", ["merged", "moved", "reshaped", "read twice"])
+def test_views_that_do_not_keep_the_channels(name: str) -> None:
+    views = {
+        "merged": lambda y: y.flatten(1),
+        "moved": lambda y: y.transpose(0, 1),
+        "reshaped": lambda y: y.reshape(-1, 5),
+        "read twice": lambda y: y.transpose(1, 2),
+    }
+    expected = {
+        "merged": "the axes of the output of Linear 'fc' are merged",
+        "moved": "it normalises axis 0 of the output of Linear 'fc', and the channels are on",
+        "reshaped": "its input comes from reshape 'reshape'",
+        "read twice": "its input 'transpose' has several readers: bn, mul",
+    }
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = views[name](self.fc(x))
+        return self.bn(y) + (y * 2 if name == "read twice" else 0)
+
+    features = 25 if name == "merged" else 5
+    model = ready(Lambda(forward, fc=nn.Linear(5, 5), bn=nn.BatchNorm1d(features)))
+    assert expected[name] in refused(model, torch.randn(5, 5, 5).double(), shapes=True)
 
 
 def test_linear_on_three_axes_with_other_sizes() -> None:

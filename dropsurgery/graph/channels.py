@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from dropsurgery.graph.affine import argument
 from dropsurgery.graph.shape_rules import Call, Contradiction, Shape, output_shape
 from dropsurgery.graph.weighted import Weighted
 
@@ -131,6 +133,66 @@ def traced_shape(node: fx.Node) -> Shape | None:
     meta: Any = node.meta.get("tensor_meta")
     shape = getattr(meta, "shape", None)
     return None if shape is None else tuple(int(size) for size in shape)
+
+
+_VIEWS: Mapping[Any, str] = {
+    **{name: name for name in ("contiguous", "permute", "transpose", "flatten")},
+    torch.permute: "permute",
+    torch.transpose: "transpose",
+    torch.flatten: "flatten",
+}
+
+
+def axis_before_view(shapes: Shapes, node: fx.Node, axis: int) -> tuple[fx.Node, int | None] | None:
+    """Follow an axis back through an operation that only moves values.
+
+    Args:
+        shapes: what is known of the graph's shapes.
+        node: the operation.
+        axis: an axis of its output, counted from the front.
+
+    Returns:
+        The input, and the axis of it that holds the same entries in the same order; None for the
+        axis where it is not proved, or was merged with others. None where `node` is no such
+        operation.
+    """
+    kind = _VIEWS.get(node.target) if node.op in ("call_method", "call_function") else None
+    source = argument(node, 0, "input")
+    if kind is None or not isinstance(source, fx.Node):
+        return None
+    if kind == "permute":
+        rest = node.args[1:] or (node.kwargs.get("dims"),)
+        order = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+        found = order[axis] if axis < len(order) else None
+        return source, found % len(order) if isinstance(found, int) else None
+    if kind == "transpose":
+        ends = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+    elif kind == "flatten":
+        ends = (argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
+    else:
+        return source, axis
+    first, last = (_from_the_front(shapes, source, end) for end in ends)
+    if first is None or last is None:
+        return source, None
+    if kind == "transpose":
+        return source, {first: last, last: first}.get(axis, axis)
+    if axis == first < last:
+        return source, None
+    return source, axis if axis <= first else axis + last - first
+
+
+def moves_axes(node: fx.Node) -> bool:
+    """Say whether a node's output is its input with its axes in another order, as a view."""
+    kind = _VIEWS.get(node.target) if node.op in ("call_method", "call_function") else None
+    return kind in ("permute", "transpose")
+
+
+def _from_the_front(shapes: Shapes, node: fx.Node, axis: Any) -> int | None:
+    """Count an axis of a node's output from the front."""
+    if not isinstance(axis, int) or axis >= 0:
+        return axis if isinstance(axis, int) else None
+    rank = shapes.rank(node)
+    return None if rank is None else axis + rank
 
 
 def channel_axis(shapes: Shapes, node: fx.Node, weighted: Weighted) -> int | None:

@@ -11,22 +11,25 @@ from torch import Tensor, fx, nn
 from dropsurgery.graph.affine import fetch
 
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
+# Methods that ask their second operand for its shape or dtype only.
+_LIKE_METHODS = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
 _METHODS = frozenset({"size", "dim", "ndimension", "numel", "get_device", "is_floating_point"})
 
 
 def value_readers(node: fx.Node) -> list[fx.Node]:
     """Return the users of a node that read its values, not only its shape, dtype or device."""
-    return [user for user in node.users if not _asks_for_form(user)]
+    return [user for user in node.users if not _asks_for_form(user, node)]
 
 
-def _asks_for_form(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _METHODS
-    if node.op != "call_function":
+def _asks_for_form(user: fx.Node, node: fx.Node) -> bool:
+    if user.op == "call_method":
+        like = user.target in _LIKE_METHODS and user.args[0] is not node
+        return like or user.target in _METHODS
+    if user.op != "call_function":
         return False
-    if node.target is builtins.getattr:
-        return node.args[1] in _ATTRIBUTES
-    return node.target in (torch.numel, torch.is_floating_point)
+    if user.target is builtins.getattr:
+        return user.args[1] in _ATTRIBUTES
+    return user.target in (torch.numel, torch.is_floating_point)
 
 
 class Uses:

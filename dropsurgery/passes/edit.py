@@ -29,6 +29,12 @@ class Editor:
         """Return the module that a node calls, else None."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    def place(self, new: fx.Node, old: fx.Node) -> None:
+        """Give a node the place, and unless it is an operand the shape, of the one it replaces."""
+        place_like(new, old)
+        if new.op != "get_attr" and "tensor_meta" in old.meta:
+            new.meta["tensor_meta"] = old.meta["tensor_meta"]
+
     def erase(self, node: fx.Node) -> None:
         """Erase a node and the reads that only it needed."""
         called = self.called(node)
@@ -45,9 +51,7 @@ class Editor:
         """Let a call use another module."""
         with self.graph.inserting_before(node):
             new = self.graph.call_module(path, node.args, node.kwargs)
-        place_like(new, node)
-        if "tensor_meta" in node.meta:
-            new.meta["tensor_meta"] = node.meta["tensor_meta"]
+        self.place(new, node)
         node.replace_all_uses_with(new)
         self.erase(node)
 

@@ -18,9 +18,9 @@ from dropsurgery.graph.affine import (
     norm_function,
     read_norm,
 )
-from dropsurgery.graph.channels import Shapes, channel_axis
+from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis, moves_axes
 from dropsurgery.graph.clone import clone_structure
-from dropsurgery.graph.module import Skip, describe, module_path, place_like
+from dropsurgery.graph.module import Skip, describe, module_path
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -244,13 +244,14 @@ class _Planner:
             for reader in self.uses.readers(tensor):
                 if norm_function(reader, self.called(reader)) is None:
                     raise Refused(f"'{reader.name}' reads its statistics or parameters, too")
-        source, identities = self.source(norm.data)
-        others = [user for user in value_readers(source) if user not in (node, *identities)]
+        source, axis, between = self.source(norm.data)
+        chain = self.open.get(source) or self.start(source)
+        others = [user for user in value_readers(source) if user not in (node, *between)]
         if others:
             names = ", ".join(sorted(user.name for user in others))
             raise Refused(f"its input '{source.name}' is read by {names}, too")
-        chain = self.open.get(source) or self.start(source)
-        self.check(chain, norm)
+        self.check_axis(chain, norm, source, axis)
+        self.check_match(chain, norm)
         after = norm.affine()
         affine = after if chain.affine is None else chain.affine.then(after)
         reason = loses_precision(chain.weighted, affine) if self.nodes is None else None
@@ -260,22 +261,33 @@ class _Planner:
             self.chains.append(chain)
         chain.affine = affine
         chain.norms.append((node, norm))
-        chain.identities += identities
+        chain.identities += [n for n in between if identity_input(n, self.called(n)) is not None]
         self.open.pop(source, None)
         if not norm.tail:
             self.open[node] = chain
 
-    def source(self, data: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """Walk back over nodes that return their input as it is."""
-        identities: list[fx.Node] = []
-        while (before := identity_input(data, self.called(data))) is not None:
+    def source(self, data: fx.Node) -> tuple[fx.Node, int | None, list[fx.Node]]:
+        """Walk back from a BatchNorm over nodes that return their input's values as they are.
+
+        Returns:
+            Where they come from, the axis of it that the BatchNorm normalises (None where that is
+            not known), and the nodes between.
+        """
+        between: list[fx.Node] = []
+        axis: int | None = 1
+        while True:
+            before = identity_input(data, self.called(data))
+            if before is None:
+                view = axis_before_view(self.shapes, data, 1 if axis is None else axis)
+                if view is None:
+                    return data, axis, between
+                before, axis = view[0], None if axis is None else view[1]
             readers = value_readers(data)
             if len(readers) > 1:
                 names = ", ".join(sorted(user.name for user in readers))
                 raise Refused(f"its input '{data.name}' has several readers: {names}")
-            identities.append(data)
+            between.append(data)
             data = before
-        return data, identities
 
     def start(self, node: fx.Node) -> _Chain:
         """Begin a chain at a convolution or linear layer."""
@@ -298,23 +310,41 @@ class _Planner:
                 raise Refused(f"the module '{owner}', which is called too, owns the weight")
         return _Chain(node, weighted, channel_axis(self.shapes, node, weighted))
 
-    def check(self, chain: _Chain, norm: Norm) -> None:
-        """Raise Refused unless the layer's channels lie on axis 1, where the BatchNorm's do."""
+    def check_axis(self, chain: _Chain, norm: Norm, source: fx.Node, axis: int | None) -> None:
+        """Raise Refused unless what the BatchNorm normalises are the layer's channels.
+
+        Args:
+            chain: the layer, with the BatchNorms that it has taken in.
+            norm: the BatchNorm.
+            source: where its input comes from: the layer, or the last of those BatchNorms.
+            axis: the axis of that which it normalises.
+        """
+        label = chain.weighted.label
+        channels = chain.axis if source is chain.producer else 1
+        if None in (axis, channels):
+            if self.nodes is not None:
+                return
+            unknown = f"the rank of the output of {label} is not known"
+            if channels is not None:
+                unknown = f"the axes of the output of {label} are merged, or moved by unknown ranks"
+            raise Refused(
+                f"{unknown}, and so not which axis is normalised: trace with example inputs, for "
+                "example ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))"
+            )
+        if axis != channels:
+            raise Refused(
+                f"it normalises axis {axis} of the output of {label}, and the channels are on axis "
+                f"{channels}"
+            )
+        rank = self.shapes.rank(norm.data)
+        if rank is None and chain.weighted.spatial is not None:
+            rank = chain.weighted.spatial + 2
+        if norm.ranks is not None and rank is not None and rank not in norm.ranks:
+            raise Refused(f"it does not take the output of {label}, which has {rank} axes")
+
+    def check_match(self, chain: _Chain, norm: Norm) -> None:
+        """Raise Refused unless layer and BatchNorm have the same channels, dtype and device."""
         weighted = chain.weighted
-        if chain.axis is None and self.nodes is None:
-            raise Refused(
-                f"the rank of the output of {weighted.label} is not known, and so not which axis "
-                "is normalised: trace with example inputs, for example "
-                "ds.apply(model, ds.FoldBatchNorm(), example_inputs=(x,))"
-            )
-        if chain.axis not in (1, None):
-            raise Refused(
-                f"it normalises axis 1, and the channels of {weighted.label} are on axis "
-                f"{chain.axis}"
-            )
-        rank = 2 if weighted.spatial is None else weighted.spatial + 2
-        if norm.ranks is not None and rank not in norm.ranks:
-            raise Refused(f"it does not take the output of {weighted.label}, which has {rank} axes")
         features = [tensor.numel() for tensor in norm.tensors]
         if any(count != weighted.channels for count in features):
             raise Refused(
@@ -426,11 +456,13 @@ class _Surgeon(Editor):
         node, norm = self.nodes[name], self.norm(name)
         value = norm.data
         with self.graph.inserting_before(node):
+            if moves_axes(value):
+                # A BatchNorm's output is contiguous, and `view` behind it may rely on that.
+                value = self.graph.call_method("contiguous", (value,))
+                self.place(value, node)
             for child in norm.tail:
                 value = self.graph.call_module(f"{node.target}.{child}", (value,))
-                place_like(value, node)
-                if "tensor_meta" in node.meta:
-                    value.meta["tensor_meta"] = node.meta["tensor_meta"]
+                self.place(value, node)
         node.replace_all_uses_with(value)
         self.erase(node)
 
@@ -450,7 +482,7 @@ class _Surgeon(Editor):
         self.assign(path, bias, old.weight)
         with self.graph.inserting_before(node):
             new = self.graph.get_attr(path)
-        place_like(new, node)
+        self.place(new, node)
         if len(node.args) > 2:
             node.update_arg(2, new)
         else:
