@@ -55,6 +55,7 @@ KNOWN = [
     (lambda y: F.adaptive_avg_pool2d(y, 1), 4),
     (lambda y: F.softmax(F.interpolate(y, scale_factor=2.0), dim=1), 4),
     (lambda y: y.bmm(y), 3),
+    (lambda y: y.squeeze().reshape_as(y.flatten(1)), 2),
 ]
 
 

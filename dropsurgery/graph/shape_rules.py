@@ -248,6 +248,10 @@ def _same_rank(call: Call) -> Shape | None:
     return None if shape is None else (None,) * len(shape)
 
 
+def _as_other(call: Call) -> Shape | None:
+    return call.shape(call.argument(1, "other"))
+
+
 def _elementwise(call: Call) -> Shape | None:
     return broadcast(call.input, call.shape(call.argument(1, "other")))
 
@@ -455,6 +459,7 @@ _NAMED: dict[str, Rule] = {
     **dict.fromkeys(_SAME_RANK_FUNCTIONS.split(), _same_rank),
     **dict.fromkeys(("clamp", "clamp_", "clamp_min", "clamp_max"), _same_if_alone),
     **dict.fromkeys(("view", "reshape", "expand"), _reshape),
+    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), _as_other),
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     **{
