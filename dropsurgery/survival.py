@@ -25,7 +25,8 @@ Rule = Callable[[int, int], float]
 
 def check_probability(value: object, name: str) -> float:
     """Return `value` as a float in [0, 1], or raise a typed error that says `name`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    # `Real` lets numpy's scalars in; it is slow to ask for, so the plain types stand before it.
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
     if not 0.0 <= number <= 1.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,15 +38,15 @@ PATCH_DROPOUTS = frozenset(
 )
 
 
-def qualified_names(cls: type) -> Iterable[str]:
-    """Yield the qualified names of a class and of its bases."""
-    for base in cls.__mro__:
-        yield f"{base.__module__}.{base.__qualname__}"
+@lru_cache(maxsize=1024)
+def qualified_names(cls: type) -> frozenset[str]:
+    """Return the qualified names of a class and of its bases."""
+    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
 
 def is_one_of(module: nn.Module, names: frozenset[str]) -> bool:
     """Say whether a module's class, or a base of it, has one of these qualified names."""
-    return any(name in names for name in qualified_names(type(module)))
+    return not names.isdisjoint(qualified_names(type(module)))
 
 
 class Leaves:
