@@ -239,6 +239,8 @@ def _likely_shapes(model: nn.Module) -> list[tuple[tuple[int, ...], int]]:
             rank = len(layer.kernel_size)
             sizes = [*_image_sizes(model), *((size,) * rank for size in SIZES[rank])]
             return [((layer.in_channels, *size), 0) for size in sizes if len(size) == rank]
+        if isinstance(layer, nn.MultiheadAttention):
+            return [((LENGTH, layer.embed_dim), 0)]
         if isinstance(layer, nn.Embedding):
             return [((LENGTH,), layer.num_embeddings)]
         if isinstance(layer, nn.Linear):

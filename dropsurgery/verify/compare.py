@@ -315,7 +315,9 @@ class _Comparison:
     def _judge(self, name: str, tally: Tally) -> OutputVerdict:
         found = None if tally.exact else errors(tally, self.gate)
         share = tally.differing / tally.count if tally.count else 0.0
-        reason = tally.problem or _reason(tally, found)
+        reason = tally.problem or _reason(
+            tally, found, trust_limit({tally.dtype, *self.reference.dtypes})
+        )
         return OutputVerdict(
             name=name,
             ok=not reason,
@@ -329,14 +331,14 @@ class _Comparison:
         )
 
 
-def _reason(tally: Tally, found: Errors | None) -> str:
+def _reason(tally: Tally, found: Errors | None, limit: float) -> str:
     if tally.differing:
         return f"{tally.differing} of {tally.count} values differ"
     if not tally.count:
         return "" if tally.sums else "no values were compared"
     if found is None:
         return ""
-    if found.reference > trust_limit(tally.dtype):
+    if found.reference > limit:
         return (
             f"the reference's own error is {found.reference:.2g} of the output: "
             "it computes too inexactly to be compared with"

@@ -8,6 +8,8 @@ depth, width or scale; a changed weight, epsilon or activation does not.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -49,10 +51,21 @@ def widened(limit: float, count: int, spread: float = 1.0) -> float:
     return limit * math.exp(4 * spread / math.sqrt(count))
 
 
-# The reference's own error at which it is no yardstick any more: half of its digits are gone.
-def trust_limit(dtype: torch.dtype) -> float:
-    """Return the relative error of a reference beyond which nothing can be concluded."""
-    return math.sqrt(torch.finfo(dtype).eps)
+# A mean over fewer elements says too little of the size of an error.
+_FEWEST = 4
+
+
+def trust_limit(dtypes: Iterable[torch.dtype]) -> float:
+    """Return the relative error of a reference beyond which nothing can be concluded.
+
+    Half of the digits of its coarsest dtype are gone then. A network in float64 may go through
+    float32 on its way.
+
+    Args:
+        dtypes: of the output and of the parameters.
+    """
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return math.sqrt(max(torch.finfo(dtype).eps for dtype in (torch.float32, *floats)))
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -241,14 +254,25 @@ class Errors:
     ratios: tuple[Ratio, ...]
 
 
+def _scales(sums: list[Sums]) -> list[float]:
+    """Return the size of the output on each input.
+
+    Few values tell little of it: a single one may be near zero by chance. The size on the other
+    inputs counts as eight values more, in a geometric mean, since sizes may be of any order.
+    """
+    usual = math.log(statistics.median([s.scale for s in sums if s.scale] or [1.0]))
+    return [
+        math.exp((s.count * math.log(s.scale) + 8 * usual) / (s.count + 8) if s.scale else usual)
+        for s in sums
+    ]
+
+
 def errors(tally: Tally, gate: Gate) -> Errors | None:
     """Return the pooled errors of a floating output, or None where nothing was compared."""
     sums = [s for s in tally.sums if s.count]
     if not sums:
         return None
-    # An output that is zero on one input is measured by its size on the others.
-    largest = max(s.scale for s in sums)
-    scales = [s.scale or largest or 1.0 for s in sums]
+    scales = _scales(sums)
     floor = gate.floor * unit(tally.dtype)
 
     def pooled(values: list[float]) -> float:
@@ -272,8 +296,9 @@ def errors(tally: Tally, gate: Gate) -> Errors | None:
         # The logarithm of one normal error spreads by 1.1, that of a ratio of two by 1.6.
         Ratio("typical", math.exp(sum(logs) / len(logs)), widened(gate.typical, tally.count, 1.6)),
     ]
-    if tally.own_total is not None and tally.other_total is not None:
-        own_mean = _rms(_real(tally.own_total)) / tally.rows
-        other_mean = _rms(_real(tally.other_total)) / tally.rows
-        ratios.append(ratio("mean", own_mean, other_mean, gate.mean, tally.own_total.numel()))
+    own_total, other_total = tally.own_total, tally.other_total
+    if own_total is not None and other_total is not None and own_total.numel() >= _FEWEST:
+        own_mean = _rms(_real(own_total)) / tally.rows
+        other_mean = _rms(_real(other_total)) / tally.rows
+        ratios.append(ratio("mean", own_mean, other_mean, gate.mean, own_total.numel()))
     return Errors(own, other, tuple(ratios))

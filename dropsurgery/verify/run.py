@@ -41,6 +41,7 @@ class ModuleRunner:
         if any(tensor.is_meta for tensor in tensors):
             raise VerifyError(f"the {role} has no weights (device meta)", where=self.name)
         self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtypes = {parameter.dtype for parameter in model.parameters()}
         self._model = model
         self._native = _inference_clone(model)
 
