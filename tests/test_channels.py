@@ -137,6 +137,27 @@ def test_proof_behind_an_operation_without_a_rule() -> None:
     assert rank_of_output(Lambda(forward, body=mlp(8, 6))) == 2
 
 
+def test_parts_of_a_tuple_need_not_be_of_one_rank() -> None:
+    """The second part is proved to be of rank 2; that says nothing about the first."""
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x.mean(1)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        tokens, pooled = self.pair(x)
+        return self.bn(self.fc(tokens)).mean(1) + self.body(pooled).sum(1, keepdim=True)
+
+    parts = {"pair": Pair(), "fc": nn.Linear(5, 6), "bn": nn.BatchNorm1d(6), "body": mlp(8, 7)}
+    model = ready(Lambda(forward, **parts))
+    module = trace(model, leaf_modules=(Pair,))
+    result = apply(module, FoldBatchNorm())
+    assert {skip.node for skip in result.skipped} == {"bn"}
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_broadcasting_is_not_mistaken_for_equal_sizes() -> None:
     """(N, 1, 5) + (N, 8, 5): axis 1 has one entry before the add and 8 behind it."""
 

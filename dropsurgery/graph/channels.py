@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,7 +115,9 @@ class Shapes:
             seen.add(current)
             unknown = [n for n in current.all_input_nodes if certain.get(n) is None]
             stack += unknown
-            if not unknown or not self._follows(current, unknown):
+            tensors = [n for n in unknown if not _may_be_tuple(n)]
+            follows = bool(tensors) and self._follows(current, tensors)
+            if not follows and not _may_be_tuple(current):
                 origins.append(current)
         return origins
 
@@ -126,6 +129,13 @@ class Shapes:
             return output_shape(Call(self._root, node, called, shapes)) is not None
         except Contradiction:
             return True
+
+
+def _may_be_tuple(node: fx.Node) -> bool:
+    """Say whether a value may be several: the parts of a tuple need not be of one rank."""
+    return any(
+        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+    )
 
 
 def traced_shape(node: fx.Node) -> Shape | None:
