@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,15 @@ from torch.nn import functional
 
 import dropsurgery as ds
 from dropsurgery.errors import ArgumentError, DropsurgeryError
-from dropsurgery.report import Census, Report, Table, census, environment, onnx_census
+from dropsurgery.report import (
+    Census,
+    Report,
+    Table,
+    census,
+    environment,
+    medians_in_turns,
+    onnx_census,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +163,7 @@ def run_demo(
     """
     if epochs < 1 or depth < 1:
         raise ArgumentError(f"epochs and depth are at least 1, got {epochs} and {depth}")
-    with _output_folder(folder) as scratch, torch.random.fork_rng(devices=[]):
+    with _output_folder(folder) as scratch, torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         with _steps(console) as steps:
             report, ok = _operate(steps, load_digits(seed), scratch, epochs, depth)
@@ -302,25 +309,12 @@ def measure(
     """Time both networks side by side, in turns, so that a busy machine is unfair to neither."""
     before, after = _session(original_file), _session(slim_file)
     with torch.no_grad():
-        eager = _in_turns(lambda: original(image), lambda: slim(image), repeats)
-    exported = _in_turns(lambda: before(image), lambda: after(image), repeats)
+        eager = medians_in_turns(lambda: original(image), lambda: slim(image), repeats)
+    exported = medians_in_turns(lambda: before(image), lambda: after(image), repeats)
     files = (original_file, slim_file)
     sizes = tuple(path.stat().st_size for path in files)
     nodes = tuple(onnx_census(path).nodes for path in files)
     return Cost(eager, exported, (sizes[0], sizes[1]), (nodes[0], nodes[1]), repeats)
-
-
-def _in_turns(
-    first: Callable[[], object], second: Callable[[], object], repeats: int
-) -> tuple[float, float]:
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 10):
-        for call, taken in zip((first, second), times, strict=True):
-            began = time.perf_counter()
-            call()
-            if turn >= 10:  # the first turns warm caches up
-                taken.append((time.perf_counter() - began) * 1e3)
-    return median(times[0]), median(times[1])
 
 
 def _session(path: Path) -> Callable[[Tensor], Tensor]:
@@ -416,9 +410,9 @@ def _cost_table(cost: Cost) -> Table:
             _ratio("ONNX nodes", cost.nodes, "{}"),
             _ratio("ONNX file (bytes)", cost.file_bytes, "{}"),
         ),
-        f"One image, CPU, {torch.get_num_threads()} thread(s): medians of {cost.repeats} runs "
-        "taken in turns. torch.onnx.export folds a BatchNorm that follows a convolution by itself, "
-        "so the two ONNX files of this network are alike; what slim saves here shows in torch.",
+        f"One image on one thread of the CPU: medians of {cost.repeats} runs taken in turns. "
+        "torch.onnx.export folds a BatchNorm that follows a convolution by itself, so the two ONNX "
+        "files of this network are alike; what slim saves here shows in torch.",
     )
 
 
@@ -472,6 +466,17 @@ def _steps(console: Console | None) -> Iterator[_Steps]:
         steps = _Steps(progress)
         yield steps
         steps._finish()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: layers this small wait for a second one longer than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -153,6 +155,20 @@ def environment(
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def medians_in_turns(
+    first: Callable[[], object], second: Callable[[], object], repeats: int, warm_up: int = 10
+) -> tuple[float, float]:
+    """Time two calls side by side, so that a busy machine is unfair to neither; milliseconds."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + warm_up):
+        for call, taken in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                taken.append((time.perf_counter() - began) * 1e3)
+    return median(times[0]), median(times[1])
 
 
 def json_text(document: Any) -> str:

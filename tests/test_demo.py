@@ -12,16 +12,17 @@ from rich.console import Console
 
 from dropsurgery import demo
 from dropsurgery.errors import ArgumentError, DropsurgeryError
+from dropsurgery.report import Report
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo.Report, bool]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, bool]:
     folder = tmp_path_factory.mktemp("demo") / "new" / "out"
     report, ok = demo.run_demo(folder, epochs=2, depth=1)
     return folder, report, ok
 
 
-def test_the_demo_leaves_a_model_and_a_report(ran: tuple[Path, demo.Report, bool]) -> None:
+def test_the_demo_leaves_a_model_and_a_report(ran: tuple[Path, Report, bool]) -> None:
     folder, report, ok = ran
     assert ok
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "report.md", "report.json"}
@@ -31,7 +32,7 @@ def test_the_demo_leaves_a_model_and_a_report(ran: tuple[Path, demo.Report, bool
     assert (folder / "report.md").read_text() == report.markdown()
 
 
-def test_the_numbers_of_the_report(ran: tuple[Path, demo.Report, bool]) -> None:
+def test_the_numbers_of_the_report(ran: tuple[Path, Report, bool]) -> None:
     facts = json.loads((ran[0] / "report.json").read_text())
     stages = {stage["step"]: stage for stage in facts["stages"]}
     assert list(stages) == ["original", "retrofitted", "fine-tuned", "slim", "model.onnx"]
@@ -45,7 +46,7 @@ def test_the_numbers_of_the_report(ran: tuple[Path, demo.Report, bool]) -> None:
 
 
 def test_the_exported_network_has_the_accuracy_it_claims(
-    ran: tuple[Path, demo.Report, bool],
+    ran: tuple[Path, Report, bool],
 ) -> None:
     folder = ran[0]
     test = demo.load_digits().test
@@ -59,25 +60,25 @@ def test_the_exported_network_has_the_accuracy_it_claims(
     assert right > 150  # two epochs: far above the 40 of chance
 
 
-def test_the_report_reads_on_a_narrow_terminal(ran: tuple[Path, demo.Report, bool]) -> None:
+def test_the_report_reads_on_a_narrow_terminal(ran: tuple[Path, Report, bool]) -> None:
     text = ran[1].text(80)
     assert max(map(len, text.splitlines())) <= 80
     assert "bit-identical" in text
 
 
 def test_the_split_is_disjoint_complete_and_stratified() -> None:
-    digits = demo.load_digits(3)
-    sizes = [len(part.labels) for part in (digits.train, digits.validation, digits.test)]
+    data = demo.load_digits(3)
+    sizes = [len(part.labels) for part in (data.train, data.validation, data.test)]
     assert sizes == [1097, 300, 400]
-    rows = torch.cat([p.images.flatten(1) for p in (digits.train, digits.validation, digits.test)])
+    rows = torch.cat([p.images.flatten(1) for p in (data.train, data.validation, data.test)])
     assert len(torch.unique(rows, dim=0)) == 1797
-    assert torch.bincount(digits.test.labels).min() >= 38
-    assert digits.train.images.shape[1:] == (1, 16, 16)
-    assert abs(float(digits.train.images.mean())) < 1e-5
+    assert torch.bincount(data.test.labels).min() >= 38
+    assert data.train.images.shape[1:] == (1, 16, 16)
+    assert abs(float(data.train.images.mean())) < 1e-5
 
 
 def test_fit_stops_early_and_keeps_the_best_epoch() -> None:
-    digits = demo.load_digits()
+    data = demo.load_digits()
     torch.manual_seed(0)
     model = demo.DigitsResNet(depth=1, width=4)
     seen: list[float] = []
@@ -87,7 +88,7 @@ def test_fit_stops_early_and_keeps_the_best_epoch() -> None:
         seen.append(accuracy)
         kept[epoch] = copy.deepcopy(model.state_dict())
 
-    done = demo.fit(model, digits, epochs=40, rate=0.2, patience=1, tick=tick)
+    done = demo.fit(model, data, epochs=40, rate=0.2, patience=1, tick=tick)
     assert done.epochs == len(seen) == done.best + 1 < 40  # no loss falls forty times in a row
     state = model.state_dict()
     assert all(torch.equal(state[key], kept[done.best][key]) for key in state)
