@@ -104,8 +104,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
             f"the weights cannot be read: {error}", where=str(source / WEIGHTS)
         ) from error
     module = trace(model)
-    if not document["training"]:
-        module.eval()
+    # Passes that fold refuse a network in training mode, whatever mode it was put into later.
+    module.eval()
     for item in passes:
         try:
             run(item, module)
@@ -187,7 +187,8 @@ def _fill(
     for key, value in tensors.items():
         old = own.get(key)
         if old is not None and value.shape == old.shape:
-            value = value.to(old.device)
+            # A file's tensors may lie unaligned, for which kernels round in another order.
+            value = value.to(old.device, copy=True)
             if isinstance(old, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
         values[key] = value

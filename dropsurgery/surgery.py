@@ -8,12 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery import survival
-from dropsurgery.graph.trace import keep_eval, trace
+from dropsurgery.graph.trace import trace
 from dropsurgery.layers.drop_path import Mode
 from dropsurgery.passes.base import apply, run
 from dropsurgery.passes.drop_path import InsertDropPath, Unit
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.inference import DropUnused, KeepEval
 
 logger = logging.getLogger("dropsurgery")
 
@@ -76,9 +77,11 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
         TraceError: the network cannot be turned into a graph.
     """
     module = trace(model, example_inputs=example_inputs)
-    module.eval()
-    keep_eval(module)
-    run(ConvertDropout("identity", always_on=False), module)
-    run(FoldBatchNorm(), module)
-    module.delete_all_unused_submodules()
+    for item in (
+        KeepEval(),
+        ConvertDropout("identity", always_on=False),
+        FoldBatchNorm(),
+        DropUnused(),
+    ):
+        run(item, module)
     return module

@@ -25,7 +25,7 @@ LAYERS = [
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},
-    {"models", "report"},
+    {"digits", "models", "report"},
     {"demo"},
     {"cli", "cli_options", "__main__"},
 ]

@@ -57,6 +57,23 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["googlenet", "efficientnet_b0", "timm:repvgg_a0"])
+def test_slim_networks_round_trip(name: str, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        if name == "googlenet":
+            return torchvision.models.googlenet(init_weights=False)
+        return timm.create_model(name[5:]) if ":" in name else torchvision.models.get_model(name)
+
+    slim = ds.slim(randomize(make()))
+    expected = slim(X)
+    # In training mode when it is saved, which no fold would accept.
+    ds.save(slim.train(), tmp_path)
+    loaded = ds.load(tmp_path, make())
+    assert loaded.training
+    assert torch.equal(loaded.eval()(X), expected)
+    assert list(loaded.state_dict()) == list(slim.state_dict())
+
+
 def test_the_mode_is_kept(tmp_path: Path) -> None:
     ds.save(ds.retrofit(torchvision.models.resnet18().train()), tmp_path)
     assert ds.load(tmp_path, torchvision.models.resnet18().eval()).training

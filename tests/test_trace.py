@@ -316,6 +316,29 @@ def test_optional_arguments_keep_their_default_unless_an_example_gives_them() ->
     assert torch.equal(named(x, mask), x * mask * 2)
 
 
+def test_a_forward_of_any_number_of_inputs() -> None:
+    class Star(nn.Module):
+        def forward(self, *inputs: Tensor, scale: float = 2.0) -> Tensor:
+            return torch.stack(inputs).sum(0) * scale
+
+    x = torch.randn(3)
+    assert torch.equal(ds.trace(Star())(x), x * 2)
+    assert torch.equal(ds.trace(Star(), example_inputs=(x, x, x))(x, x, x), x * 6)
+
+
+def test_shapes_of_a_batchnorm_between_a_transpose_and_a_view() -> None:
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.transpose(1, 2)).view(x.size(0), -1)
+
+    traced = ds.trace(View().eval(), example_inputs=torch.randn(2, 3, 4))
+    assert tuple(list(traced.graph.nodes)[-2].meta["tensor_meta"].shape) == (2, 12)
+
+
 def test_example_inputs_record_shapes_and_compute_nothing() -> None:
     model = torchvision.models.resnet18().train()
     mean = model.bn1.running_mean.clone()

@@ -46,7 +46,7 @@ def qualified_names(cls: type) -> frozenset[str]:
 
 def is_one_of(module: nn.Module, names: frozenset[str]) -> bool:
     """Say whether a module's class, or a base of it, has one of these qualified names."""
-    return not names.isdisjoint(qualified_names(type(module)))
+    return not names.isdisjoint(qualified_names(type(module)))  # type: ignore[arg-type]
 
 
 class Leaves:

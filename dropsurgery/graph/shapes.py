@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import TraceError
 from dropsurgery.graph.module import describe, graphs
@@ -19,7 +20,7 @@ class _Shapes(ShapeProp):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            return super().run_node(n)
+            return self._as_computed(n, super().run_node(n))
         except TraceError:
             raise
         except Exception as error:
@@ -35,6 +36,20 @@ class _Shapes(ShapeProp):
                 where=f"{describe(n)}, input shapes {shapes}",
                 fix="example inputs of the shape that the network was built for",
             ) from error
+
+    def _as_computed(self, node: fx.Node, result: Any) -> Any:
+        """Give a BatchNorm's fake output the layout of the real one: dense.
+
+        Fake tensors keep the input's strides, over which a later `view` would stumble.
+        """
+        if node.op == "call_module" and isinstance(result, Tensor):
+            called = self.module.get_submodule(str(node.target))
+            dense = result.is_contiguous() or (
+                result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last)
+            )
+            if isinstance(called, _NormBase) and not dense:
+                return result.contiguous()
+        return result
 
 
 def record_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.leaves import Leaves
 from dropsurgery.graph.module import HISTORY, called_module, graphs, place_like
 from dropsurgery.graph.shapes import record_shapes
-from dropsurgery.graph.tracer import ModeTracer, bind, follow, fresh_path
+from dropsurgery.graph.tracer import Given, ModeTracer, bind, follow, fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.attention import ScaledDotProductAttention
 from dropsurgery.layers.dropout import FollowTraining
@@ -151,17 +151,22 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _given(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
-    """Return the names of the forward arguments that the examples supply."""
+def _given(model: nn.Module, example_inputs: Any) -> Given:
+    """Return which forward arguments the examples supply."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in parameters if p.kind in by_position]
+    star = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if example_inputs is None:
-        return ()
+        # A forward of nothing but *inputs is taken to have one.
+        return Given(star=1 if star and not named else 0)
     if isinstance(example_inputs, Mapping):
-        return tuple(example_inputs)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return tuple(names[: len(as_tuple(example_inputs))])
+        return Given(names=tuple(example_inputs))
+    count = len(as_tuple(example_inputs))
+    return Given(tuple(named[:count]), max(0, count - len(named)) if star else 0)
 
 
-def _trace_modes(model: nn.Module, leaves: Leaves, given: tuple[str, ...]) -> fx.GraphModule:
+def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModule:
     """Trace eval, and training too where the forward asks which it is."""
     constants: dict[str, Tensor] = {}
     evaluated = _trace_once(model, leaves, given, constants, training=False)
@@ -195,7 +200,7 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: tuple[str, ...]) -> fx
 def _trace_once(
     model: nn.Module,
     leaves: Leaves,
-    given: tuple[str, ...],
+    given: Given,
     constants: dict[str, Tensor],
     *,
     training: bool,

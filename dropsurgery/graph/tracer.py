@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
     torch.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
 _BUILTIN_ARGUMENTS = ("input", "p", "train")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the example inputs supply.
+
+    Attributes:
+        names: forward arguments that become inputs although they may have defaults.
+        star: how many inputs `*args` stands for.
+    """
+
+    names: tuple[str, ...] = ()
+    star: int = 0
 
 
 class ModeFlag:
@@ -122,7 +136,7 @@ class ModeTracer(fx.Tracer):
     Args:
         leaves: which modules stay whole.
         training: the mode that a branch on `training` sees.
-        given: names of the forward arguments that become inputs although they have defaults.
+        given: which optional arguments of the forward become inputs.
         constants: tensors that the forward makes out of nothing, by attribute name; shared
             between the traces of both modes.
         proxy_buffers: record what is done to buffers, and do not do it. Off, as in fx, buffers are
@@ -136,7 +150,7 @@ class ModeTracer(fx.Tracer):
         leaves: Leaves,
         *,
         training: bool,
-        given: tuple[str, ...],
+        given: Given,
         constants: dict[str, Tensor],
         proxy_buffers: bool,
     ) -> None:
@@ -262,20 +276,21 @@ class ModeTracer(fx.Tracer):
         """Make a placeholder for each required or given argument; the rest keep their default."""
         positional: list[Any] = []
         keyword: dict[str, Any] = {}
+        after_star = False
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            required = parameter.default is parameter.empty
-            if not required and parameter.name not in self.given:
-                keyword_only_from_here = parameter.default
-                if parameter.kind is parameter.POSITIONAL_ONLY:
-                    positional.append(keyword_only_from_here)
-                continue
-            proxy = self.create_proxy("placeholder", parameter.name, (), {})
-            if parameter.kind is parameter.POSITIONAL_ONLY:
-                positional.append(proxy)
-            else:
-                keyword[parameter.name] = proxy
+            name = parameter.name
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                numbered = (f"{name}_{number}" for number in range(self.given.star))
+                positional += [self.create_proxy("placeholder", n, (), {}) for n in numbered]
+                after_star = True
+            elif parameter.kind is not parameter.VAR_KEYWORD:
+                value = parameter.default
+                if value is parameter.empty or name in self.given.names:
+                    value = self.create_proxy("placeholder", name, (), {})
+                if after_star or parameter.kind is parameter.KEYWORD_ONLY:
+                    keyword[name] = value
+                else:
+                    positional.append(value)
         return lambda root: root_fn(root, *positional, **keyword), [self.root]
 
     def create_proxy(
