@@ -416,6 +416,23 @@ def test_an_unexpected_error_is_told_in_one_paragraph(
     assert "Traceback" in run("inspect", "net.py:Net").err
 
 
+def test_an_interrupt_that_someone_turned_into_an_error(
+    run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallows(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise RuntimeError("a callback failed") from None
+
+    monkeypatch.setattr(ds, "find_residuals", swallows)
+    done = run("inspect", "net.py:Net")
+    assert done.code == 130
+    assert "interrupted" in done.err
+    assert "callback" not in done.err
+
+
 # --- as a program --------------------------------------------------------------------------------
 
 
