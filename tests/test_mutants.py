@@ -48,7 +48,7 @@ def channels(model: nn.Module, index: int) -> None:
 def one_weight(model: nn.Module, index: int) -> None:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     values = convolutions[index].weight.data
-    values.view(-1)[values.abs().argmax()] *= 1.05
+    values.view(-1)[values.abs().argmax()] *= -1
 
 
 def spread(count: int) -> list[int]:
@@ -93,7 +93,8 @@ def mutant(model: nn.Module, mutate: Mutate) -> nn.Module:
 
 
 def assert_caught(reference: nn.Module, candidate: nn.Module | Path) -> None:
-    verdict = ds.verify(reference, candidate)
+    # With fewer inputs than by default: what is caught here is caught by far.
+    verdict = ds.verify(reference, candidate, seeds=(0,))
     assert not verdict.ok, f"not caught:\n{verdict}"
 
 

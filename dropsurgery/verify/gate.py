@@ -39,7 +39,7 @@ class Gate:
     maximum: float = 5.0
     typical: float = 3.0
     mean: float = 4.0
-    floor: float = 4.0
+    floor: float = 2.0
 
 
 def widened(limit: float, count: int, spread: float = 1.0) -> float:
@@ -80,10 +80,19 @@ def unit(dtype: torch.dtype) -> float:
 
 @dataclass
 class Sums:
-    """Errors of one output on one input, relative to that output's root mean square."""
+    """Errors of one output on one input.
+
+    Attributes:
+        count: finite elements.
+        scale, peak: root mean square and largest magnitude of the float64 run.
+        reference, candidate: root-mean-square errors.
+        reference_max, candidate_max: largest errors.
+        reference_log, candidate_log: means of the logarithms of errors.
+    """
 
     count: int
     scale: float
+    peak: float
     reference: float
     candidate: float
     reference_max: float
@@ -191,12 +200,13 @@ def _sums(native: Tensor, wide: Tensor, candidate: Tensor, eps: float) -> Sums:
     other = (_real(candidate[finite]) - exact).abs()
     scale = _rms(exact)
     if not exact.numel():
-        return Sums(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Sums(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     # Below this an error is no error: the spacing of numbers around the element.
     spacing = eps * (exact.abs() + 2**-8 * scale) + torch.finfo(torch.float64).tiny
     return Sums(
         count=exact.numel(),
         scale=scale,
+        peak=float(exact.abs().max()),
         reference=_rms(own),
         candidate=_rms(other),
         reference_max=float(own.max()),
@@ -273,7 +283,6 @@ def errors(tally: Tally, gate: Gate) -> Errors | None:
     if not sums:
         return None
     scales = _scales(sums)
-    floor = gate.floor * unit(tally.dtype)
 
     def pooled(values: list[float]) -> float:
         relative = [v / s for v, s in zip(values, scales, strict=True)]
@@ -282,8 +291,12 @@ def errors(tally: Tally, gate: Gate) -> Errors | None:
     def worst(values: list[float]) -> float:
         return max(v / s for v, s in zip(values, scales, strict=True))
 
-    def ratio(kind: str, own: float, other: float, limit: float, count: int) -> Ratio:
+    def ratio(
+        kind: str, own: float, other: float, limit: float, count: int, peak: float = 1.0
+    ) -> Ratio:
         limit = widened(limit, count)
+        # Rounding is relative to the element: that of the largest is `peak` times the usual one.
+        floor = gate.floor * unit(tally.dtype) * peak
         return Ratio(kind, other / max(own, floor / limit), limit)
 
     own, other = pooled([s.reference for s in sums]), pooled([s.candidate for s in sums])
@@ -292,7 +305,14 @@ def errors(tally: Tally, gate: Gate) -> Errors | None:
     logs = [s.candidate_log - s.reference_log for s in sums]
     ratios = [
         ratio("rmse", own, other, gate.rmse, tally.count),
-        ratio("max", own_max, other_max, gate.maximum, tally.count),
+        ratio(
+            "max",
+            own_max,
+            other_max,
+            gate.maximum,
+            tally.count,
+            max(1.0, worst([s.peak for s in sums])),
+        ),
         # The logarithm of one normal error spreads by 1.1, that of a ratio of two by 1.6.
         Ratio("typical", math.exp(sum(logs) / len(logs)), widened(gate.typical, tally.count, 1.6)),
     ]
