@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pickle
 import re
 import sys
@@ -219,7 +220,11 @@ def _torchvision(
         if wanted not in entries.__members__:
             raise _unknown_weight(f"torchvision:{name}", weight, entries.__members__)
         chosen = entries[wanted]
-    module = _build(f"torchvision:{name}", builder, {**options, "weights": chosen}, weight)
+    options = {**options, "weights": chosen}
+    if chosen is None and "weights_backbone" in inspect.signature(builder).parameters:
+        # Detection and segmentation models would download their backbone's weights unasked.
+        options.setdefault("weights_backbone", None)
+    module = _build(f"torchvision:{name}", builder, options, weight)
     return module, _torchvision_shape(name, builder.__module__, module)
 
 

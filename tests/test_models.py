@@ -376,6 +376,15 @@ def test_torchvision_weights_come_from_its_enum(
     assert "resnet18" in asked[0]
 
 
+def test_nothing_is_downloaded_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    loaded = load_model("torchvision:lraspp_mobilenet_v3_large")  # its backbone has weights
+    assert loaded.input_shape == (3, 224, 224)
+
+
 def test_torchvision_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*args: object, **kwargs: object) -> None:
         raise OSError("Name or service not known")
