@@ -212,8 +212,11 @@ def export(
         counts = onnx_census(output)
     verdict = None
     if verify:
-        with _working(f"verifying {output}") as tell:
-            verdict = ds.verify(loaded.module, output, progress=tell)
+        try:
+            with _working(f"verifying {output}") as tell:
+                verdict = ds.verify(loaded.module, output, progress=tell)
+        except KeyboardInterrupt:
+            raise _Interrupted(f"{output} was written and not verified") from None
     size = output.stat().st_size
     if as_json:
         told = verdict.to_json() if verdict is not None else None
@@ -382,6 +385,10 @@ def _working(what: str) -> Iterator[Callable[[str], None]]:
 # --- the entry point -----------------------------------------------------------------------------
 
 
+class _Interrupted(Exception):
+    """An interrupt that left something behind, and what."""
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     interrupted = []
@@ -397,17 +404,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, on_terminate)
     try:
         code = app(args=argv, prog_name="dropsurgery", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
+            _complain("interrupted; nothing was left behind")
     except typer.TyperException as error:
         code = _misused(error)
     except DropsurgeryError as error:
         code = _complain(str(error))
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+    except (_Interrupted, KeyboardInterrupt) as error:
+        code = _complain(f"interrupted; {error}".rstrip("; "), INTERRUPTED)
     except Exception as error:
         # Code that an interrupt passes through may turn it into an error of its own.
-        code = INTERRUPTED if interrupted else _unexpected(error)
-    if code == INTERRUPTED:
-        _complain("interrupted; nothing was left behind")
+        code = _complain("interrupted", INTERRUPTED) if interrupted else _unexpected(error)
     sys.exit(code)
 
 

@@ -433,6 +433,19 @@ def test_an_interrupt_that_someone_turned_into_an_error(
     assert "callback" not in done.err
 
 
+def test_an_interrupt_during_verification_says_what_is_there(
+    run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ds, "verify", stops)
+    done = run("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8")
+    assert (done.code, done.out) == (130, "")
+    assert done.err.endswith("dropsurgery: interrupted; net.onnx was written and not verified\n")
+    assert Path("net.onnx").exists()
+
+
 # --- as a program --------------------------------------------------------------------------------
 
 
