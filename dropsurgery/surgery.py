@@ -39,7 +39,7 @@ def retrofit(
             every block).
         rule: "linear" (the paper's), "linspace", "efficientnet" or "constant"; see `ds.survival`.
         mode: "row" draws once a sample, "batch" once a mini-batch.
-        unit: "block" gives the adds of one block the same rate, "add" counts each add.
+        unit: what the rule counts: "block", "add" or "position"; see `InsertDropPath`.
 
     Returns:
         The retrofitted network, in the mode that `model` is in. A network without residual adds

@@ -1,7 +1,7 @@
 """Survival probabilities: p_l of residual block l (1-based) out of L, as pure floats.
 
 A rule is called as `rule(l, L)` and returns the probability that block l keeps its branch; any
-callable of that form will do. The four here are the ones in use:
+callable of that form will do. These are the ones in use:
 
 | rule | survival of block l | used by |
 |---|---|---|
@@ -9,10 +9,12 @@ callable of that form will do. The four here are the ones in use:
 | `linspace` | 1 - ((l-1)/(L-1))(1 - final) | timm and torchvision, most families |
 | `efficientnet` | 1 - ((l-1)/L)(1 - final) | EfficientNet in timm and torchvision |
 | `constant` | p | timm's LeViT, CaiT, Mixer; DINOv2's uniform rate |
+| `per_stage` | 1 - (s/(S-1))(1 - final) in stage s = 0..S-1 | one rate for each stage |
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -100,6 +102,35 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class PerStage:
+    """One survival probability a stage, from 1 in the first stage to `final` in the last."""
+
+    final: float
+    depths: tuple[int, ...]
+    name: ClassVar[str] = "per_stage"
+
+    def __post_init__(self) -> None:
+        check_probability(self.final, "final")
+        if not self.depths or any(type(d) is not int or d < 1 for d in self.depths):
+            raise ArgumentError(
+                f"depths are the numbers of blocks in each stage, got {self.depths!r}",
+                fix="for example (3, 4, 6, 3)",
+            )
+
+    def __call__(self, l: int, L: int) -> float:
+        """Return the survival probability of the stage that block l is in."""
+        _check_block(l, L)
+        if sum(self.depths) != L:
+            raise ArgumentError(
+                f"the stages {self.depths} have {sum(self.depths)} blocks and the network has {L}"
+            )
+        ends = itertools.accumulate(self.depths)
+        stage = next(index for index, end in enumerate(ends) if l <= end)
+        share = stage / (len(self.depths) - 1) if len(self.depths) > 1 else 0.0
+        return 1.0 - share * (1.0 - self.final)
+
+
+@dataclass(frozen=True)
 class Table:
     """Survival probabilities written down block by block; how a custom rule is saved."""
 
@@ -141,20 +172,32 @@ def constant(p: float) -> Constant:
     return Constant(p)
 
 
+def per_stage(final: float, depths: tuple[int, ...]) -> PerStage:
+    """Return the rule that gives each stage one survival: 1 in the first, `final` in the last.
+
+    Args:
+        final: the last stage's survival probability, in [0, 1].
+        depths: the number of blocks in each stage, in order.
+    """
+    return PerStage(final, tuple(depths))
+
+
 def table(values: tuple[float, ...]) -> Table:
     """Return the rule that looks block l up in `values`."""
     return Table(tuple(float(value) for value in values))
 
 
 RULES: dict[str, type[Any]] = {
-    rule.name: rule for rule in (Linear, Linspace, EfficientNet, Constant, Table)
+    rule.name: rule for rule in (Linear, Linspace, EfficientNet, Constant, PerStage, Table)
 }
+# The rules that one number makes.
+NAMED = ("linear", "linspace", "efficientnet", "constant")
 
 
 def by_name(name: str, final: float) -> Rule:
     """Return the rule of that name with `final` (for "constant": every block's survival)."""
-    if name not in RULES or name == "table":
-        known = ", ".join(repr(key) for key in RULES if key != "table")
+    if name not in NAMED:
+        known = ", ".join(map(repr, NAMED))
         raise ArgumentError(f"unknown survival rule {name!r}", fix=f"one of {known}")
     rule: Rule = RULES[name](final)
     return rule

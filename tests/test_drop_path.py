@@ -390,8 +390,9 @@ def test_bad_pass_arguments() -> None:
 
 
 def test_a_pass_prints_as_it_is_written() -> None:
-    text = "InsertDropPath(survival=Linear(final=0.5), mode='row', unit='block', where=None)"
-    assert repr(ds.InsertDropPath(ds.survival.linear(0.5))) == text
+    text = repr(ds.InsertDropPath(ds.survival.linear(0.5), where="layer4.*"))
+    assert text.startswith("InsertDropPath(survival=Linear(final=0.5), mode='row', unit='block'")
+    assert "where='layer4.*'" in text
     result = ds.apply(Block(), ds.InsertDropPath(ds.survival.linear(0.5)))
     assert "inserted 'drop_path': block 1, survival 0.5, mode 'row'" in str(result)
 

@@ -132,6 +132,7 @@ def test_nothing_is_pickled_and_the_json_is_readable(tmp_path: Path) -> None:
             "mode": "row",
             "unit": "block",
             "where": None,
+            "include": [],
         }
     ]
 

@@ -1,0 +1,1 @@
+"""Reading a network: traces, shapes, sites and channels. Nothing here changes one."""

@@ -95,9 +95,15 @@ class Leaves:
         )
 
 
+# timm keeps these whole because fx's dead-code elimination would drop their in-place ops. Graphs
+# here never go through it, and a block that stays whole hides its residual add.
+_TRACED_ALL_THE_SAME = frozenset({"timm.models.nfnet.NormFreeBlock"})
+
+
 def _timm_notrace_modules() -> Iterable[type]:
     timm_layers = sys.modules.get("timm.layers")
-    return timm_layers.get_notrace_modules() if timm_layers is not None else ()
+    found = timm_layers.get_notrace_modules() if timm_layers is not None else ()
+    return [cls for cls in found if _TRACED_ALL_THE_SAME.isdisjoint(qualified_names(cls))]
 
 
 def whole_functions() -> tuple[Callable[..., Any], ...]:

@@ -97,7 +97,9 @@ _FUNCTIONS: dict[Callable[..., Any], Kind] = {
          F.pad, torch.mean, torch.sum, torch.neg, operator.neg),
         Kind.LINEAR,
     ),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d), Kind.POOL),
+    **dict.fromkeys(
+        (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d,
+         torch.max, torch.amax, torch.min, torch.amin), Kind.POOL),
     **dict.fromkeys((F.layer_norm, F.group_norm, F.rms_norm, F.instance_norm), Kind.NORM),
     **dict.fromkeys(
         (torch._assert, operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
@@ -128,12 +130,14 @@ _METHODS: dict[str, Kind] = {
     ),
     **dict.fromkeys(("narrow", "select", "index_select"), Kind.SLICE),
     **dict.fromkeys(("mean", "sum", "neg"), Kind.LINEAR),
+    **dict.fromkeys(("max", "amax", "min", "amin"), Kind.POOL),
     **dict.fromkeys(("size", "dim", "numel", "stride", "is_contiguous", "__len__", "item",
                      "get_device", "is_floating_point"), Kind.SHAPE),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"), Kind.CREATE),
 }  # fmt: skip
 
-_TENSOR_ATTRIBUTES = frozenset({"T", "mT", "data", "real"})
+# "values" is what max(dim) returns beside the indices.
+_TENSOR_ATTRIBUTES = frozenset({"T", "mT", "data", "real", "values"})
 
 
 def module_kind(module: nn.Module) -> Kind:

@@ -7,31 +7,37 @@ An add of two data tensors u + v is a residual site when there is a node f, the 
 - the other, the branch, is computed from f (and whatever else: masks, memory, position tables)
   through at least one operation that is not affine.
 
-Where both operands are affine in f the add is a linear multi-branch (RepVGG, convolutional position
-encoding). Where the branch itself holds residual sites, it is a long skip around blocks. The skip
-of an add that is already a site is followed through it, so that x + attention(x) + mlp(x) is two
-sites on one stream. Only data counts as an edge: parameters, constants and sizes do not.
+Four things look like that and are none, or none by default:
 
-For each add the nodes behind the skip operand are visited nearest first, and the ancestors of the
-other operand are expanded just as far back as the node that is asked about. A site is therefore
-found in time proportional to its branch.
+- both operands are affine in f: a linear multi-branch (RepVGG, convolutional position encoding);
+- the branch itself holds residual sites: a long skip around blocks (U-Net), "nested";
+- the branch is the fork times something, x + x·g(x): a gate;
+- the branch is attention weights times values before their projection: a term inside attention.
+
+The skip of an add that is a site is followed through it, so that x + attention(x) + mlp(x) is two
+sites on one stream.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.forks import Flow, Fork
 from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
 from dropsurgery.graph.module import Skip, called_module, graphs, module_path, owner_call
-from dropsurgery.graph.ops import Kind, Role, kind_of, roles
+from dropsurgery.graph.ops import Kind, Role
 from dropsurgery.graph.trace import trace
 from dropsurgery.tables import render
+
+# What `include` may ask for.
+OPTIONAL = ("linear", "nested")
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,12 @@ class Site:
         add: name of the add's fx node.
         branch: name of the node that the add reads on the branch side.
         skip: name of the node that the add reads on the skip side.
-        kind: "identity" where the skip is the fork itself or a view of it, else "projection".
+        kind: "identity" where the skip is the fork itself or a view of it, "projection" where it is
+            computed from it, "nested" where the branch itself holds residual sites.
         fork: name of the node that branch and skip both come from.
         native: name of the drop-path call that the network already has on this branch, or None.
         call: which call of `module` it is: equals `module` but for modules that are called again.
+        linear: the branch is affine in the fork; found only where asked for.
     """
 
     block: int
@@ -55,10 +63,11 @@ class Site:
     add: str
     branch: str
     skip: str
-    kind: Literal["identity", "projection"]
+    kind: Literal["identity", "projection", "nested"]
     fork: str
     native: str | None = None
     call: str = ""
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,15 @@ class Residuals:
 
     Attributes:
         sites: the residual adds, in the order in which they run.
-        skipped: every other add of tensors, and why it is none.
+        skipped: every other add of tensors, and why it is none; and layers that are kept whole and
+            may hide residual adds.
+        positions: for the call of every block, with residual or not, its place among all of them
+            (see `InsertDropPath`, unit "position").
     """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
+    positions: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def blocks(self) -> int:
@@ -94,192 +107,107 @@ class Residuals:
         return f"{sites}\n\n{skipped}"
 
 
-def find_residuals(model: nn.Module) -> Residuals:
+def find_residuals(model: nn.Module, *, include: Collection[str] = ()) -> Residuals:
     """Find the residual adds of a network, and say of every other add of tensors why it is none.
 
     The analysis reads dataflow, not names. Nothing is run and `model` is not changed.
 
     Args:
         model: any `nn.Module`, or a GraphModule that dropsurgery returned.
+        include: what else counts as a site: "linear" for adds of an affine branch to an identity
+            (PoolFormer's; with a BatchNorm on it, MobileOne's), "nested" for long skips around
+            other residual sites.
 
     Returns:
         The sites and the skipped adds. Of a network with two graphs (one for training) the eval
         graph is reported; node names are those of `ds.trace(model).graph`.
 
     Raises:
+        ArgumentError: `include` names something else.
         TraceError: the network cannot be turned into a graph.
     """
     module = model if isinstance(model, fx.GraphModule) else trace(model)
-    return analyse(module, graphs(module)[0])
+    return analyse(module, graphs(module)[0], check_include(include))
 
 
-def analyse(module: fx.GraphModule, graph: fx.Graph) -> Residuals:
+def check_include(include: Collection[str]) -> tuple[str, ...]:
+    """Return `include` as a sorted tuple, or raise where it names nothing there is."""
+    names = {include} if isinstance(include, str) else set(include)
+    if unknown := sorted(names - set(OPTIONAL)):
+        raise ArgumentError(
+            f"include names {unknown[0]!r}", fix=" and/or ".join(map(repr, OPTIONAL))
+        )
+    return tuple(sorted(names))
+
+
+def analyse(module: fx.GraphModule, graph: fx.Graph, include: Collection[str] = ()) -> Residuals:
     """Find the residual adds of one graph of a traced module."""
-    return _Analysis(module, graph).run()
+    return _Analysis(module, graph, include).run()
 
 
-@dataclass
-class _Found:
-    """A candidate: one operand of an add as skip, the other as branch."""
-
-    fork: fx.Node
-    skip: fx.Node
-    branch: fx.Node
-    identity: bool
-    region: list[fx.Node]
-    linear: bool
-
-
-_PASSED_BY_SKIP = frozenset(
-    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.POOL, Kind.NORM, Kind.SUB,
-     Kind.CONCAT}
-)  # fmt: skip
-_SAME_VALUES = frozenset({Kind.ALIAS, Kind.DROP})
-_AFFINE = frozenset(
-    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.ADD, Kind.SUB, Kind.CONCAT,
-     Kind.SPLIT}
-)  # fmt: skip
 _OPAQUE = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
            nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # fmt: skip
 
 
 class _Analysis:
-    """The walk over one graph. Reads; never changes it."""
+    """The walk over the adds of one graph. Reads; never changes it."""
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph, include: Collection[str]) -> None:
         self.module = module
-        self.nodes = list(graph.nodes)
-        self.index = {node: position for position, node in enumerate(self.nodes)}
-        self.roles = roles(module, graph)
-        self.kinds: dict[fx.Node, Kind] = {}
-        self.skip_of_site: dict[fx.Node, fx.Node] = {}
-        self.linear_adds: set[fx.Node] = set()
+        self.include = include
+        self.flow = Flow(module, graph)
+        # Adds around which a longer skip is nested; linear ones are no blocks.
+        self.blocks: set[fx.Node] = set()
 
     def run(self) -> Residuals:
-        sites: list[tuple[fx.Node, _Found]] = []
+        sites: list[tuple[fx.Node, Fork, bool]] = []
         skipped: list[Skip] = []
-        for node in self.nodes:
+        for node in self.flow.nodes:
+            reason = ""
             if node.op == "call_module":
                 reason = self._hidden(node)
-            elif self.kind(node) is Kind.ADD and self.roles[node] is not Role.SCALAR:
-                found, reason = self._classify(node)
-                if found is not None:
-                    self.skip_of_site[node] = found.skip
-                    sites.append((node, found))
-            else:
-                continue
+            elif self.flow.kind(node) is Kind.ADD and self.flow.roles[node] is not Role.SCALAR:
+                fork, reason = self._classify(node)
+                if fork is not None:
+                    sites.append((node, fork, any(n in self.blocks for n in fork.region)))
             if reason:
                 skipped.append(Skip(module_path(node), node.name, reason))
-        return Residuals(self._number(sites), tuple(skipped))
+            elif sites and sites[-1][0] is node and not sites[-1][1].linear:
+                self.blocks.add(node)
+        return Residuals(self._number(sites), tuple(skipped), self._positions(sites))
 
-    def kind(self, node: fx.Node) -> Kind:
-        if node not in self.kinds:
-            self.kinds[node] = kind_of(self.module, node)
-        return self.kinds[node]
-
-    def data(self, node: fx.Node) -> list[fx.Node]:
-        """Return the inputs of a node through which data flows."""
-        return [value for value in node.all_input_nodes if self.roles[value] is Role.DATA]
-
-    def _classify(self, add: fx.Node) -> tuple[_Found | None, str]:
-        """Return the candidate that makes `add` a site, or the reason why none does."""
-        operands = self.data(add)
+    def _classify(self, add: fx.Node) -> tuple[Fork | None, str]:
+        """Return the fork that makes `add` a site, or the reason why none does."""
+        flow = self.flow
+        operands = flow.data(add)
         if not operands:
             return None, "constant: no operand depends on the network's input"
         if len(operands) == 1:
             if sum(value is operands[0] for value in add.args) > 1:
                 return None, "adds a tensor to itself"
-            others = [v for v in add.all_input_nodes if self.roles[v] is Role.CONSTANT]
+            others = [v for v in add.all_input_nodes if flow.roles[v] is Role.CONSTANT]
             what = f"the constant '{others[0].name}'" if others else "a number"
             return None, f"adds {what}, not a branch"
         left, right = operands[0], operands[1]
-        candidates = [c for c in (self._as_skip(left, right), self._as_skip(right, left)) if c]
-        if not candidates:
+        forks = [f for f in (flow.fork(left, right), flow.fork(right, left)) if f is not None]
+        if not forks:
             return None, "neither operand is a skip: no common fork behind views and projections"
-        best = max(candidates, key=lambda c: (not c.linear, self.index[c.fork], c.identity))
+        best = max(forks, key=lambda f: (not f.linear, flow.index[f.node], f.identity))
         if best.linear:
-            self.linear_adds.add(add)
-            self.skip_of_site[add] = best.skip
-            return None, f"linear branch: '{best.branch.name}' is affine in '{best.fork.name}'"
-        inner = [
-            n.name for n in best.region if n in self.skip_of_site and n not in self.linear_adds
-        ]
-        if inner:
-            return None, f"nested: the branch holds residual blocks (first add '{inner[0]}')"
+            flow.streams[add] = best.skip
+            if "linear" in self.include and best.light:
+                return best, ""
+            return None, f"linear branch: '{best.branch.name}' is affine in '{best.node.name}'"
+        if flow.is_gate(best):
+            return None, f"gate: the branch is '{best.node.name}' times a function of it"
+        if flow.is_attention_product(best.branch):
+            return None, f"inside attention: '{best.branch.name}' is weights times values"
+        flow.streams[add] = best.skip
+        inner = next((n.name for n in best.region if n in self.blocks), None)
+        if inner is not None and "nested" not in self.include:
+            self.blocks.add(add)
+            return None, f"nested: the branch holds residual blocks (first add '{inner}')"
         return best, ""
-
-    def _as_skip(self, skip: fx.Node, branch: fx.Node) -> _Found | None:
-        """Return the nearest fork that makes `skip` the skip and `branch` the branch."""
-        ancestors = _Ancestors(self, branch)
-        for node, identity in self._behind(skip):
-            if node is not branch and ancestors.holds(node):
-                region = self._region(node, branch, ancestors)
-                return _Found(node, skip, branch, identity, region, self._affine(region))
-        return None
-
-    def _behind(self, skip: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-        """Yield the nodes behind a skip operand, latest first, and whether only views lie between.
-
-        The walk goes on through what a skip may do, and through other sites along their skip.
-        """
-        heap = [(-self.index[skip], True)]
-        seen = {skip}
-        while heap:
-            position, identity = heapq.heappop(heap)
-            node = self.nodes[-position]
-            yield node, identity
-            kind = self.kind(node)
-            before: list[fx.Node] = []
-            if node in self.linear_adds:
-                before = self.data(node)
-            elif node in self.skip_of_site:
-                before = [self.skip_of_site[node]]
-            elif kind in _PASSED_BY_SKIP and len(self.data(node)) == 1:
-                before = self.data(node)
-                if kind is Kind.ITEM and self.kind(before[0]) is not Kind.ITEM:
-                    before = [] if self._is_tuple(before[0]) else before
-            elif kind in (Kind.ADD, Kind.PRODUCT) and len(self.data(node)) == 1:
-                scaled = kind is Kind.PRODUCT and not self._elementwise(node)
-                before = [] if scaled else self.data(node)
-            identity = identity and (kind in _SAME_VALUES or node in self.skip_of_site)
-            for value in before:
-                if value not in seen:
-                    seen.add(value)
-                    heapq.heappush(heap, (-self.index[value], identity))
-
-    def _is_tuple(self, node: fx.Node) -> bool:
-        return self.kind(node) is Kind.SPLIT or (
-            # Every reader takes an entry by number: a tuple, such as an LSTM's or attention's.
-            self.kind(node) is Kind.NONLINEAR
-            and all(self.kind(u) is Kind.ITEM and isinstance(u.args[1], int) for u in node.users)
-        )
-
-    def _elementwise(self, node: fx.Node) -> bool:
-        name = getattr(node.target, "__name__", str(node.target)).strip("_")
-        return name in ("mul", "imul", "div", "truediv", "itruediv")
-
-    def _region(self, fork: fx.Node, branch: fx.Node, ancestors: _Ancestors) -> list[fx.Node]:
-        """Return the nodes on the paths from `fork` (left out) to `branch`, in order."""
-        ancestors.holds(fork)
-        start = self.index[fork]
-        members = sorted(
-            (n for n in ancestors.seen if self.index[n] > start), key=self.index.__getitem__
-        )
-        reached = {fork}
-        region = []
-        for node in members:
-            if any(value in reached for value in self.data(node)):
-                reached.add(node)
-                region.append(node)
-        return region
-
-    def _affine(self, region: list[fx.Node]) -> bool:
-        """Say whether everything on the region's paths is affine in the fork."""
-        return all(
-            self.kind(node) in _AFFINE
-            or (self.kind(node) is Kind.PRODUCT and len(self.data(node)) == 1)
-            for node in region
-        )
 
     def _hidden(self, node: fx.Node) -> str:
         """Return why a leaf module may hide residual adds; "" where it cannot."""
@@ -294,7 +222,7 @@ class _Analysis:
             return f"{name} is kept whole: residual adds inside it, if any, are not visible"
         return ""
 
-    def _number(self, sites: list[tuple[fx.Node, _Found]]) -> tuple[Site, ...]:
+    def _number(self, sites: list[tuple[fx.Node, Fork, bool]]) -> tuple[Site, ...]:
         """Give each site the depth index of its block.
 
         A block is one call of the module whose forward holds the add. Adds written in the root's
@@ -302,52 +230,51 @@ class _Analysis:
         """
         blocks: dict[object, int] = {}
         numbered = []
-        for add, found in sites:
+        for add, fork, nested in sites:
             path, call = owner_call(add)
             block = blocks.setdefault(call if path else add, len(blocks) + 1)
+            kind: Literal["identity", "projection"] = "identity" if fork.identity else "projection"
             numbered.append(
                 Site(
                     block=block,
                     module=path,
                     add=add.name,
-                    branch=found.branch.name,
-                    skip=found.skip.name,
-                    kind="identity" if found.identity else "projection",
-                    fork=found.fork.name,
-                    native=self._native(found.branch),
+                    branch=fork.branch.name,
+                    skip=fork.skip.name,
+                    kind="nested" if nested else kind,
+                    fork=fork.node.name,
+                    native=self._native(fork.branch),
                     call=call,
+                    linear=fork.linear,
                 )
             )
         return tuple(numbered)
 
+    def _positions(self, sites: list[tuple[fx.Node, Fork, bool]]) -> dict[str, int]:
+        """Number the calls of all blocks, with residual or not, in the order in which they run.
+
+        The blocks of a network stand in rows: paths that differ in numbers alone, such as
+        features.1.0 and features.2.3. Every module that stands in a row with a residual block, and
+        is no layer of torch's, counts.
+        """
+        rows = {_row(owner_call(add)[0]) for add, _, _ in sites}
+        calls: dict[str, int] = {}
+        for node in self.flow.nodes:
+            for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+                home = getattr(kind, "__module__", "")
+                if path and _row(path) in rows and not home.startswith("torch.nn."):
+                    calls.setdefault(key, len(calls) + 1)
+        return calls
+
     def _native(self, branch: fx.Node) -> str | None:
         """Return the drop-path call at the end of a branch, behind gains and views at most."""
-        node = branch
-        while True:
+        for node in self.flow.tail(branch):
             called = called_module(self.module, node)
             if called is not None and is_one_of(called, DROP_PATHS):
                 return node.name
-            before = self.data(node)
-            passes = self.kind(node) in (Kind.ALIAS, Kind.DROP, Kind.PRODUCT, Kind.SLICE, Kind.ITEM)
-            if not passes or len(before) != 1:
-                return None
-            node = before[0]
+        return None
 
 
-class _Ancestors:
-    """The ancestors of a node, expanded backwards only as far as is asked."""
-
-    def __init__(self, analysis: _Analysis, node: fx.Node) -> None:
-        self.analysis = analysis
-        self.seen = {node}
-        self.heap = [-analysis.index[node]]
-
-    def holds(self, node: fx.Node) -> bool:
-        """Say whether `node` is the start or an ancestor of it."""
-        position = self.analysis.index[node]
-        while self.heap and -self.heap[0] > position:
-            for value in self.analysis.data(self.analysis.nodes[-heapq.heappop(self.heap)]):
-                if value not in self.seen:
-                    self.seen.add(value)
-                    heapq.heappush(self.heap, -self.analysis.index[value])
-        return node in self.seen
+def _row(path: str) -> str:
+    """Return a module path with its numbers taken out."""
+    return re.sub(r"\d+", "*", path)

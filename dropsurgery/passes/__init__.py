@@ -1,0 +1,1 @@
+"""Changing a network: one file, one pass, one frozen dataclass."""

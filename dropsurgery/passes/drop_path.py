@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import fx, nn
 
@@ -13,13 +13,13 @@ from dropsurgery import survival as rules
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
 from dropsurgery.graph.module import Skip, graphs, module_path, nodes_by_target, place_like
-from dropsurgery.graph.residual import Residuals, Site, analyse
+from dropsurgery.graph.residual import Residuals, Site, analyse, check_include
 from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.drop_path import DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
 
-Unit = Literal["block", "add"]
+Unit = Literal["block", "add", "position"]
 Where = str | tuple[str, ...] | Callable[[Site], bool] | None
 
 # Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
@@ -52,10 +52,14 @@ class InsertDropPath(Pass):
     Args:
         survival: rule(l, L) → survival probability of block l of L, in [0, 1]; see `ds.survival`.
         mode: "row" draws once a sample, "batch" once a mini-batch.
-        unit: "block" gives the adds of one block the same l, "add" counts each add.
+        unit: what l and L count. "block": residual blocks, whose adds share one l. "add": each add.
+            "position": every block of the row that a residual block stands in (`features.1.0`,
+            `features.2.3`, …), with residual or not, as EfficientNet's authors count.
         where: which sites: a pattern for the module path (`"layer4.*"`, as in `fnmatch`), the name
             of an add, a tuple of such, or a callable that takes a `Site`. l and L are counted over
             all sites, chosen or not.
+        include: what else counts as a site: "linear" (adds whose branch is affine), "nested" (long
+            skips around other residual sites); see `find_residuals`.
 
     Raises:
         ArgumentError, ArgumentTypeError: an unknown mode or unit, a rule outside [0, 1].
@@ -66,11 +70,14 @@ class InsertDropPath(Pass):
     mode: Mode = "row"
     unit: Unit = "block"
     where: Where = None
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
-        if self.unit not in ("block", "add"):
-            raise ArgumentError(f"unknown unit {self.unit!r}", fix="'block' or 'add'")
+        if self.unit not in get_args(Unit):
+            known = ", ".join(map(repr, get_args(Unit)))
+            raise ArgumentError(f"unknown unit {self.unit!r}", fix=f"one of {known}")
+        object.__setattr__(self, "include", check_include(self.include))
         if not callable(self.survival):
             raise ArgumentTypeError(
                 f"survival is a rule(l, L), got {self.survival!r}",
@@ -90,13 +97,14 @@ class InsertDropPath(Pass):
 
     def plan(self, module: fx.GraphModule) -> Plan:
         """Choose the sites, their rates and the paths of the new layers."""
-        found = [analyse(module, graph) for graph in graphs(module)]
+        found = [analyse(module, graph, self.include) for graph in graphs(module)]
         residuals = found[0]
         if not residuals.sites:
             reason = "the network has no residual adds, so there is nothing to drop"
             return Plan(skipped=(*residuals.skipped, Skip("", "", reason)))
-        total = residuals.blocks if self.unit == "block" else len(residuals.sites)
-        drop_probs = self._drop_probs(residuals, total)
+        depth, total = self._depths(residuals)
+        values = _table(self.survival, total).values
+        drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         chosen = [site for site in residuals.sites if self._chosen(site)]
         if not chosen:
             known = sorted({site.module or site.add for site in residuals.sites})
@@ -165,11 +173,14 @@ class InsertDropPath(Pass):
             _add(module, step.path, own)
         node.target = step.path
 
-    def _drop_probs(self, residuals: Residuals, total: int) -> dict[Site, float]:
-        values = _table(self.survival, total).values
-        adds = {site: index for index, site in enumerate(residuals.sites, start=1)}
-        depth = {s: s.block if self.unit == "block" else adds[s] for s in residuals.sites}
-        return {site: 1.0 - values[depth[site] - 1] for site in residuals.sites}
+    def _depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
+        """Return l of every site, and L."""
+        sites, positions = residuals.sites, residuals.positions
+        if self.unit == "add":
+            return {site: index for index, site in enumerate(sites, start=1)}, len(sites)
+        if self.unit == "position" and all(site.call in positions for site in sites):
+            return {site: positions[site.call] for site in sites}, len(positions)
+        return {site: site.block for site in sites}, residuals.blocks
 
     def _chosen(self, site: Site) -> bool:
         if self.where is None:
@@ -209,6 +220,7 @@ class InsertDropPath(Pass):
             "mode": self.mode,
             "unit": self.unit,
             "where": list(where) if isinstance(where, tuple) else where,
+            "include": list(self.include),
         }
 
     @classmethod
@@ -220,6 +232,7 @@ class InsertDropPath(Pass):
             mode=data["mode"],
             unit=data["unit"],
             where=tuple(where) if isinstance(where, list) else where,
+            include=tuple(data.get("include", ())),
         )
 
 

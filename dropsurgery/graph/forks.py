@@ -1,0 +1,212 @@
+"""Dataflow behind an add: where its two operands part ways.
+
+Only data counts as an edge: parameters, constants and sizes do not. The nodes behind a skip are
+visited nearest first, and the ancestors of the branch are expanded just as far back as the node
+that is asked about, so that a fork is found in time proportional to its branch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from dropsurgery.graph.module import called_module
+from dropsurgery.graph.ops import Kind, Role, kind_of, roles
+from dropsurgery.layers.attention import ScaledDotProductAttention
+
+_PASSED_BY_SKIP = frozenset(
+    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.POOL, Kind.NORM, Kind.SUB}
+)  # fmt: skip
+_SAME_VALUES = frozenset({Kind.ALIAS, Kind.DROP})
+_AFFINE = frozenset(
+    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.ADD, Kind.SUB, Kind.CONCAT,
+     Kind.SPLIT}
+)  # fmt: skip
+
+
+@dataclass
+class Fork:
+    """One operand of an add as skip, the other as branch, and the node that both come from.
+
+    Attributes:
+        node: the fork.
+        skip: the operand that comes from it through what a skip may do.
+        branch: the operand that is computed from it.
+        identity: nothing but views lies between the fork and the skip.
+        light: nothing but views and BatchNorm lies between them.
+        region: the nodes between the fork and the branch operand, in order, the latter included.
+        linear: everything in the region is affine in the fork.
+    """
+
+    node: fx.Node
+    skip: fx.Node
+    branch: fx.Node
+    identity: bool
+    light: bool
+    region: list[fx.Node]
+    linear: bool
+
+
+class Flow:
+    """The dataflow of one graph of a traced module. Reads; never changes it.
+
+    `streams` maps an add that is known to carry a residual stream to its skip operand: behind such
+    an add the stream goes on along the skip.
+    """
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        self.module = module
+        self.nodes = list(graph.nodes)
+        self.index = {node: position for position, node in enumerate(self.nodes)}
+        self.roles = roles(module, graph)
+        self.streams: dict[fx.Node, fx.Node] = {}
+        self._kinds: dict[fx.Node, Kind] = {}
+
+    def kind(self, node: fx.Node) -> Kind:
+        """Return the kind of a node."""
+        if node not in self._kinds:
+            self._kinds[node] = kind_of(self.module, node)
+        return self._kinds[node]
+
+    def data(self, node: fx.Node) -> list[fx.Node]:
+        """Return the inputs of a node through which data flows."""
+        return [value for value in node.all_input_nodes if self.roles[value] is Role.DATA]
+
+    def fork(self, skip: fx.Node, branch: fx.Node) -> Fork | None:
+        """Return the nearest fork that makes `skip` the skip and `branch` the branch."""
+        ancestors = _Ancestors(self, branch)
+        for node, identity, light in self._behind(skip):
+            if node is not branch and ancestors.holds(node):
+                region = self._region(node, ancestors)
+                return Fork(node, skip, branch, identity, light, region, self._affine(region))
+        return None
+
+    def _behind(self, skip: fx.Node) -> Iterator[tuple[fx.Node, bool, bool]]:
+        """Yield (node, identity, light) for the nodes that all of a skip comes from, latest first.
+
+        Where a skip is put together from parts (a class token and pooled patches), only nodes that
+        every part comes from are yielded: those at which nothing earlier is left to visit.
+        """
+        heap = [-self.index[skip]]
+        seen = {skip}
+        identity = light = True
+        while heap:
+            node = self.nodes[-heapq.heappop(heap)]
+            if not heap:
+                yield node, identity, light
+            same = self.kind(node) in _SAME_VALUES or node in self.streams
+            identity = identity and same
+            light = light and (same or self._is_batchnorm(node))
+            for value in self._before(node):
+                if value not in seen:
+                    seen.add(value)
+                    heapq.heappush(heap, -self.index[value])
+
+    def _before(self, node: fx.Node) -> list[fx.Node]:
+        """Return the inputs through which a skip goes on behind `node`; none where it ends."""
+        if node in self.streams:
+            return [self.streams[node]]
+        kind, before = self.kind(node), self.data(node)
+        if kind is Kind.CONCAT:
+            return before
+        if len(before) != 1:
+            return []
+        if kind is Kind.ITEM and self._is_tuple(before[0]):
+            return []
+        scaled = kind is Kind.PRODUCT and self.elementwise(node)
+        return before if kind in _PASSED_BY_SKIP or kind is Kind.ADD or scaled else []
+
+    def _is_batchnorm(self, node: fx.Node) -> bool:
+        called = called_module(self.module, node)
+        return isinstance(called, _NormBase) and self.kind(node) is Kind.LINEAR
+
+    def _is_tuple(self, node: fx.Node) -> bool:
+        """Say whether a node's value is a tuple of parts, of which an item is another value."""
+        return self.kind(node) is Kind.SPLIT or (
+            self.kind(node) is Kind.NONLINEAR
+            and all(self.kind(u) is Kind.ITEM and isinstance(u.args[1], int) for u in node.users)
+        )
+
+    def elementwise(self, node: fx.Node) -> bool:
+        """Say whether a product multiplies or divides element by element."""
+        name = getattr(node.target, "__name__", str(node.target)).strip("_")
+        return name in ("mul", "imul", "div", "truediv", "itruediv")
+
+    def _region(self, fork: fx.Node, ancestors: _Ancestors) -> list[fx.Node]:
+        """Return the nodes on the paths from `fork` (left out) to the branch operand, in order."""
+        start = self.index[fork]
+        members = (n for n in ancestors.seen if self.index[n] > start)
+        reached, region = {fork}, []
+        for node in sorted(members, key=self.index.__getitem__):
+            if any(value in reached for value in self.data(node)):
+                reached.add(node)
+                region.append(node)
+        return region
+
+    def _affine(self, region: list[fx.Node]) -> bool:
+        return all(
+            self.kind(node) in _AFFINE
+            or (self.kind(node) is Kind.PRODUCT and len(self.data(node)) == 1)
+            for node in region
+        )
+
+    def tail(self, branch: fx.Node) -> Iterator[fx.Node]:
+        """Yield the branch operand and what lies behind gains, biases, slices and views only."""
+        node = branch
+        while True:
+            yield node
+            before = self.data(node)
+            gain = self.kind(node) in (Kind.PRODUCT, Kind.ADD) or node.target is torch.addcmul
+            passes = gain or self.kind(node) in (Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM)
+            if not passes or len(before) != 1:
+                return
+            node = before[0]
+
+    def is_gate(self, fork: Fork) -> bool:
+        """Say whether the branch is the fork times something: x + x·g(x) only scales x."""
+        last = list(self.tail(fork.branch))[-1]
+        if self.kind(last) is not Kind.PRODUCT or not self.elementwise(last):
+            return False
+        return any(fork.node in self._views(value) for value in self.data(last))
+
+    def _views(self, node: fx.Node) -> Iterator[fx.Node]:
+        yield node
+        while self.kind(node) in _SAME_VALUES and len(self.data(node)) == 1:
+            node = self.data(node)[0]
+            yield node
+
+    def is_attention_product(self, branch: fx.Node) -> bool:
+        """Say whether a branch is weights times values, not yet projected: inside attention."""
+        last = list(self.tail(branch))[-1]
+        if self.kind(last) is Kind.PRODUCT:
+            return len(self.data(last)) > 1 and not self.elementwise(last)
+        if last.op == "call_module":
+            return isinstance(
+                self.module.get_submodule(str(last.target)), ScaledDotProductAttention
+            )
+        return last.target is F.scaled_dot_product_attention
+
+
+class _Ancestors:
+    """The ancestors of a node, expanded backwards only as far as is asked."""
+
+    def __init__(self, flow: Flow, node: fx.Node) -> None:
+        self.flow = flow
+        self.seen = {node}
+        self.heap = [-flow.index[node]]
+
+    def holds(self, node: fx.Node) -> bool:
+        """Say whether `node` is the start or an ancestor of it."""
+        position = self.flow.index[node]
+        while self.heap and -self.heap[0] > position:
+            for value in self.flow.data(self.flow.nodes[-heapq.heappop(self.heap)]):
+                if value not in self.seen:
+                    self.seen.add(value)
+                    heapq.heappush(self.heap, -self.flow.index[value])
+        return node in self.seen
