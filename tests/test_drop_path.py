@@ -314,6 +314,31 @@ def test_in_place_adds_and_activations_do_not_see_each_other() -> None:
     assert torch.equal(y, F.relu(skip + F.relu(model.conv(skip)) * mask))
 
 
+def test_a_branch_that_the_add_overwrites_and_others_read_afterwards() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self, view: bool) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.view = view
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.linear(x))
+            z = y.view(-1, 3) if self.view else y
+            z.add_(x)
+            return y
+
+    x = torch.randn(5, 3)
+    model = Overwrites(view=False)
+    net = ds.retrofit(model, 0.0)
+    assert torch.equal(net.eval()(x), model(x))
+    assert torch.equal(net.train()(x), x)
+    assert ds.apply(net, ds.RemoveDropPath()).module.code == ds.trace(model).code
+    rule = ds.survival.linear(0.5)
+    result = ds.apply(Overwrites(view=True), ds.InsertDropPath(rule))
+    assert not result.changes
+    assert "overwrites its branch in place, which 'relu' shares" in result.skipped[-1].reason
+
+
 def test_only_the_add_reads_the_dropped_branch() -> None:
     class Reads(Block):
         def forward(self, x: Tensor) -> Tensor:

@@ -262,6 +262,147 @@ def test_an_untraceable_training_forward_is_an_error_only_in_training() -> None:
         traced.train()(x)
 
 
+class Scale(nn.Module):
+    """A parameter and a forward of one's own; for what a module may do to its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("mean", torch.zeros(()))
+
+
+def test_training_compared_by_identity() -> None:
+    class Is(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight if self.training is True else x
+
+    class IsNot(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.training is not False else x * self.weight
+
+    for make in (Is, IsNot):
+        same_in_both_modes(make(), ds.trace(make()), torch.randn(3))
+        nested = nn.Sequential(make(), nn.Identity())
+        same_in_both_modes(nested, ds.trace(nested), torch.randn(3))
+
+
+def test_training_as_a_number_or_a_tensor() -> None:
+    class Number(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + self.training) * torch.tensor(float(self.training) + 1)
+
+    class AsTensor(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(torch.tensor(self.training), x * self.weight, x)
+
+    for make in (Number, AsTensor):
+        same_in_both_modes(make(), ds.trace(make()), torch.randn(3))
+
+
+def test_a_branching_module_in_another_mode_than_the_root_is_refused() -> None:
+    class Branches(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight if self.training else x
+
+    traced = ds.trace(nn.Sequential(Branches(), nn.Identity()))
+    traced.train()
+    traced.get_submodule("0").eval()
+    with pytest.raises(TraceError, match="the network is in training mode and '0'"):
+        traced(torch.ones(2))
+    assert torch.equal(traced.eval()(torch.ones(2)), torch.ones(2))
+
+
+def test_a_root_that_keeps_its_batchnorm_frozen_still_does() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    model = Frozen().train()
+    for traced in (ds.trace(model), ds.trace(ds.trace(model)), copy.deepcopy(ds.trace(model))):
+        assert traced.train() is traced
+        assert traced.training
+        assert not traced.norm.training
+    assert ds.trace(model).train(False).training is False
+
+
+def test_an_autograd_function_keeps_its_backward() -> None:
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return -grad
+
+    class Net(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return Reverse.apply(x * self.weight) * 2
+
+    model = Net()
+    traced = ds.trace(model)
+    traced(torch.ones(1)).sum().backward()
+    assert model.weight.grad == -2
+    assert list(traced.state_dict()) == ["weight", "mean"]
+    assert Reverse.apply(torch.ones(1)) == 1
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)])
+def test_regions_of_other_modes_stay_whole_or_are_refused(region: Callable[[], object]) -> None:
+    class Region(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            with region():  # type: ignore[attr-defined]
+                y = x * self.weight
+            return y + x
+
+    model = nn.Sequential(Region(), nn.Identity())
+    traced = ds.trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    x = torch.ones(2, requires_grad=True)
+    traced(x).sum().backward()
+    expected = torch.ones(2) * (1.0 if region is torch.no_grad else 4.0)
+    assert torch.equal(x.grad, expected)
+    with pytest.raises(TraceError, match="for a part of itself, which a graph cannot hold"):
+        ds.trace(Region())
+    with torch.no_grad():
+        assert ds.trace(nn.Linear(2, 2)).code
+
+
+def test_assigned_buffers_and_drawn_numbers_stay_whole_or_are_refused() -> None:
+    class Assigns(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()
+            return x * self.weight - self.mean
+
+    class Draws(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + torch.randn(3)
+
+    for make, message in ((Assigns, "assigns to a buffer"), (Draws, "draws random numbers")):
+        state = torch.get_rng_state()
+        model = nn.Sequential(make(), nn.Identity())
+        traced = ds.trace(model)
+        assert model[0].mean == 0
+        assert torch.equal(torch.get_rng_state(), state)
+        theirs = copy.deepcopy(model)
+        for _ in range(2):
+            torch.manual_seed(0)
+            expected = theirs(torch.ones(3))
+            torch.manual_seed(0)
+            assert torch.equal(traced(torch.ones(3)), expected)
+        with pytest.raises(TraceError, match=message):
+            ds.trace(make())
+
+
 def test_buffers_are_not_written_while_tracing() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,3 +107,20 @@ def history(module: fx.GraphModule) -> dict[str, Any]:
     """Return the record of a surgery: {"source": class of the original, "passes": [JSON, …]}."""
     record: dict[str, Any] = module.meta.setdefault(HISTORY, {"source": "", "passes": []})
     return record
+
+
+def fresh_path(prefix: str, name: str, taken: Callable[[str, str], bool]) -> str:
+    """Return the first of `prefix.name`, `prefix.name_1`, … that is not taken(path, name)."""
+
+    def candidates() -> Iterator[str]:
+        yield name
+        number = 1
+        while True:
+            yield f"{name}_{number}"
+            number += 1
+
+    for candidate in candidates():
+        path = f"{prefix}.{candidate}" if prefix else candidate
+        if not taken(path, candidate):
+            return path
+    raise AssertionError("the candidates never end")

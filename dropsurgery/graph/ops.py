@@ -171,6 +171,21 @@ def kind_of(module: fx.GraphModule, node: fx.Node) -> Kind:
     return Kind.CREATE if node.op == "get_attr" else Kind.NONLINEAR
 
 
+def writes_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Say whether a node writes its result into its first operand."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_module":
+        return bool(getattr(called_module(module, node), "inplace", False))
+    name = getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or name in _IN_PLACE_OPERATORS
+    return node.op == "call_function" and (in_place or node.kwargs.get("inplace") is True)
+
+
+_IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv"})
+
+
 class Role(Enum):
     """What a value is, whatever its operation."""
 

@@ -18,17 +18,18 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentTypeError, TraceError
+from dropsurgery.graph.calls import bind, follow
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.leaves import Leaves
-from dropsurgery.graph.module import HISTORY, called_module, graphs, place_like
+from dropsurgery.graph.modes import asks_by_identity
+from dropsurgery.graph.module import HISTORY, called_module, fresh_path, graphs, place_like
 from dropsurgery.graph.shapes import record_shapes
-from dropsurgery.graph.tracer import Given, ModeTracer, bind, follow, fresh_path
+from dropsurgery.graph.traced import TracedModule
+from dropsurgery.graph.tracer import Given, ModeTracer
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.attention import ScaledDotProductAttention
-from dropsurgery.layers.dropout import FollowTraining
+from dropsurgery.layers.functions import FollowTraining
 
-# Under this key fx finds attributes that a deep copy of a GraphModule keeps.
-_KEPT_BY_DEEPCOPY = "_user_preserved_attributes"
 _REGISTRIES = frozenset(nn.Module().__dict__)
 
 
@@ -193,7 +194,8 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModu
     two_mode = error is not None or (trained is not None and not merged)
     module = _assemble(root, evaluated.graph, history, two_mode=two_mode)
     if isinstance(module, TwoModeGraphModule):
-        module.set_training(None if trained is None else trained.graph, error)
+        branching = sorted(evaluated.branching | (trained.branching if trained else set()))
+        module.set_training(None if trained is None else trained.graph, error, tuple(branching))
     return module
 
 
@@ -211,7 +213,8 @@ def _trace_once(
     symbolic; where it is handed to a builtin of torch, it is a bool.
     """
     failure: TraceError | None = None
-    proxy_buffers = symbolic_mode = True
+    proxy_buffers = True
+    symbolic_mode = not asks_by_identity(model)
     while True:
         tracer = ModeTracer(
             leaves,
@@ -222,14 +225,14 @@ def _trace_once(
         )
         clone = clone_structure(model)
         if not proxy_buffers:
-            # What the forward writes to a concrete buffer must not reach the model's own.
+            # What a forward writes to a concrete buffer must not reach the model's own.
             for module in clone.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.clone()
         try:
             tracer.trace_clone(clone, symbolic_mode=symbolic_mode)
         except Exception as error:
-            if symbolic_mode and isinstance(error, TypeError) and "ModeFlag" in str(error):
+            if symbolic_mode and "ModeFlag" in str(error):
                 symbolic_mode = False
                 continue
             failure = failure or _explain(error, tracer, training)
@@ -351,16 +354,14 @@ def _assemble(
     root: nn.Module, graph: fx.Graph, history: dict[str, Any], *, two_mode: bool
 ) -> fx.GraphModule:
     """Make a graph module out of a clone's whole module tree, used by the graph or not."""
-    kind = TwoModeGraphModule if two_mode else fx.GraphModule
+    kind = TwoModeGraphModule if two_mode else TracedModule
     module = kind(nn.Module(), fx.Graph(), type(root).__name__)
     for name, value in root.__dict__.items():
         if name in _REGISTRIES or name not in module.__dict__:
             module.__dict__[name] = value
     module.graph = graph
-    # The root's state-dict version, which its class would carry: loading code branches on it.
-    kept = {"_version": root._version}
-    module.__dict__.update(kept)
-    module.meta = {HISTORY: history, _KEPT_BY_DEEPCOPY: kept}
+    module.meta = {HISTORY: history}
+    module.remember(getattr(root, "_original_class", None) or type(root))
     return module
 
 
@@ -376,7 +377,7 @@ def _copy_graph_module(model: fx.GraphModule) -> fx.GraphModule:
     if isinstance(module, TwoModeGraphModule) and isinstance(model, TwoModeGraphModule):
         train_graph = model.train_graph
         copied = None if train_graph is None else copy.deepcopy(train_graph)
-        module.set_training(copied, model.train_error)
+        module.set_training(copied, model.train_error, model.branching)
     for graph in graphs(module):
         graph._tracer_cls = None
     return module

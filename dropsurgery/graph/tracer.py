@@ -11,30 +11,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.autograd import Function
 
+from dropsurgery.graph.calls import bind, follow
 from dropsurgery.graph.leaves import Leaves, whole_functions
-from dropsurgery.layers.dropout import FollowTraining
-
-# Functional dropouts and the module that does the same. torch.* are builtins without a signature.
-DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout,
-    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-    torch.dropout: nn.Dropout,
-    torch.alpha_dropout: nn.AlphaDropout,
-    torch.feature_dropout: nn.Dropout2d,
-    torch.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}
-_BUILTIN_ARGUMENTS = ("input", "p", "train")
+from dropsurgery.graph.modes import ModeFlag, reads_training
+from dropsurgery.graph.module import fresh_path
+from dropsurgery.layers.functions import Apply
 
 
 @dataclass(frozen=True)
@@ -48,45 +37,6 @@ class Given:
 
     names: tuple[str, ...] = ()
     star: int = 0
-
-
-class ModeFlag:
-    """Stands for one module's `training` while it is traced."""
-
-    __slots__ = ("module", "tracer")
-
-    def __init__(self, module: nn.Module, tracer: ModeTracer) -> None:
-        self.module = module
-        self.tracer = tracer
-
-    def __bool__(self) -> bool:
-        return self.tracer.branch(self)
-
-    __index__ = __int__ = __bool__
-
-    def __float__(self) -> float:
-        return float(bool(self))
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self) == other
-
-    def __hash__(self) -> int:
-        return hash(bool(self))
-
-    def __mul__(self, other: Any) -> Any:
-        return bool(self) * other
-
-    __rmul__ = __mul__
-
-    def __and__(self, other: Any) -> Any:
-        return bool(self) & other
-
-    __rand__ = __and__
-
-    def __or__(self, other: Any) -> Any:
-        return bool(self) | other
-
-    __ror__ = __or__
 
 
 class StaticProxy(fx.Proxy):
@@ -123,11 +73,30 @@ class StaticProxy(fx.Proxy):
 
 
 class _StaysWhole(BaseException):
-    """A module without parameters and children branches on its mode; not an error."""
+    """A module does what a graph cannot hold, and is kept as it is; not an error.
 
-    def __init__(self, module: nn.Module) -> None:
+    Attributes:
+        module: which module.
+        reason: what its forward does, for the error where the module is the root.
+    """
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
         super().__init__()
         self.module = module
+        self.reason = reason
+
+
+class CannotHold(Exception):
+    """The root's own forward does what a graph cannot hold."""
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What surrounds a module call: modes of autograd and autocast, random state, its buffers."""
+
+    modes: tuple[bool, ...]
+    random: Tensor
+    buffers: tuple[tuple[int, int], ...]
 
 
 class ModeTracer(fx.Tracer):
@@ -161,9 +130,11 @@ class ModeTracer(fx.Tracer):
         self.constants = constants
         self.proxy_buffer_attributes = proxy_buffers
         self.branched = False
+        self.branching: set[str] = set()
         self.layers: dict[str, nn.Module] = {}
         self._whole: set[nn.Module] = set()
         self._running: list[nn.Module] = []
+        self._entered: list[_Surroundings] = []
         self._proxies: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
 
@@ -180,7 +151,15 @@ class ModeTracer(fx.Tracer):
             flag = ModeFlag(module, self) if symbolic_mode else self.training
             module.__dict__["training"] = flag
         self._running = [clone]
-        graph = self.trace(clone)
+        self._entered = [_surroundings(clone)]
+        if not symbolic_mode:
+            self.branching = {p for p, m in clone.named_modules() if reads_training(type(m))}
+        try:
+            with self._watching():
+                graph = self.trace(clone)
+                self._check_left(clone, self._entered[0])
+        except _StaysWhole as signal:
+            raise CannotHold(f"the forward {signal.reason}, which a graph cannot hold") from None
         # The tracer would be needed to unpickle the graph, which never happens with a clone.
         graph._tracer_cls = None
         return graph
@@ -189,8 +168,9 @@ class ModeTracer(fx.Tracer):
         """Answer a flag that was asked for its truth."""
         module = flag.module
         if module is self._running[-1] and module is not self.root and not _holds_anything(module):
-            raise _StaysWhole(module)
+            raise _StaysWhole(module, "depends on its mode")
         self.branched = True
+        self.branching.add("" if module is self.root else self.path_of_module(module))
         return self.training
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -205,20 +185,71 @@ class ModeTracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace a module call; fall back to a leaf where the module turns out to be one."""
-        last = next(iter(reversed(self.graph.nodes)), None)
-        self._running.append(m)
-        try:
+        self._check_modes()
+        if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
+        last = next(iter(reversed(self.graph.nodes)), None)
+        before = _surroundings(m)
+        self._running.append(m)
+        self._entered.append(before)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            self._check_left(m, before)
         except _StaysWhole as signal:
             if signal.module is not m:
                 raise
             self._undo(last)
-            _, (path, _) = self.module_stack.popitem(last=True)
+            path = self.path_of_module(m)
+            if self.module_stack and next(reversed(self.module_stack.values()))[0] == path:
+                self.module_stack.popitem(last=True)
             self.num_calls[path] -= 1
             self._whole.add(m)
-            return super().call_module(m, forward, args, kwargs)
+        else:
+            return result
         finally:
             self._running.pop()
+            self._entered.pop()
+        return super().call_module(m, forward, args, kwargs)
+
+    def _check_modes(self) -> None:
+        """Blame the running module where it changed the modes of autograd or autocast."""
+        if _modes() != self._entered[-1].modes:
+            raise _StaysWhole(
+                self._running[-1], "switches gradients or autocast for a part of itself"
+            )
+
+    def _check_left(self, module: nn.Module, before: _Surroundings) -> None:
+        """Blame a module whose forward drew random numbers or wrote to its buffers for real."""
+        after = _surroundings(module)
+        if not torch.equal(after.random, before.random):
+            torch.set_rng_state(before.random)
+            raise _StaysWhole(module, "draws random numbers that depend on no input")
+        if after.buffers != before.buffers:
+            raise _StaysWhole(
+                module, "assigns to a buffer (write in place, with `add_` or `copy_`)"
+            )
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """While tracing, keep autograd functions whole, and notice autocast even if it is off."""
+
+        def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+                return self.call_layer(Apply(cls), cls.__name__, args, kwargs)
+            return real_apply(cls, *args, **kwargs)
+
+        def enter(region: torch.autocast) -> Any:
+            raise _StaysWhole(self._running[-1], "switches autocast for a part of itself")
+
+        real_apply = Function.__dict__["apply"].__func__
+        real_enter = torch.autocast.__enter__
+        try:
+            Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+            yield
+        finally:
+            Function.apply = classmethod(real_apply)  # type: ignore[assignment, method-assign]
+            torch.autocast.__enter__ = real_enter  # type: ignore[method-assign]
 
     def _undo(self, last: fx.Node | None) -> None:
         """Erase every node that was made after `last`."""
@@ -304,6 +335,7 @@ class ModeTracer(fx.Tracer):
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
         """Record an operation; a call that takes a mode flag becomes a module."""
+        self._check_modes()
         if kind == "call_function" and any(
             isinstance(value, ModeFlag) for value in (*args, *kwargs.values())
         ):
@@ -341,57 +373,18 @@ class ModeTracer(fx.Tracer):
             del self.module_stack[path]
 
 
-def fresh_path(prefix: str, name: str, taken: Callable[[str, str], bool]) -> str:
-    """Return the first of `prefix.name`, `prefix.name_1`, … that is not taken(path, name)."""
-
-    def candidates() -> Iterator[str]:
-        yield name
-        number = 1
-        while True:
-            yield f"{name}_{number}"
-            number += 1
-
-    for candidate in candidates():
-        path = f"{prefix}.{candidate}" if prefix else candidate
-        if not taken(path, candidate):
-            return path
-    raise AssertionError("the candidates never end")
-
-
-def bind(
-    target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Return a call's arguments by name, in order; None where the names cannot be known."""
-    try:
-        return dict(inspect.signature(target).bind(*args, **kwargs).arguments)
-    except (ValueError, TypeError):
-        if target not in DROPOUTS:
-            return None
-        return {**dict(zip(_BUILTIN_ARGUMENTS, args, strict=False)), **kwargs}
-
-
-def follow(
-    target: Callable[..., Any], flag: str, arguments: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Return the layer that follows the mode for `target(**arguments, flag=training)`.
-
-    Returns:
-        The layer and the positional and keyword arguments to call it with.
-    """
-    p = arguments.get("p", 0.5)
-    if target in DROPOUTS and isinstance(p, int | float):
-        layer_class = DROPOUTS[target]
-        return (
-            layer_class(float(p), bool(arguments.get("inplace", False))),
-            (arguments["input"],),
-            {},
-        )
-    first, *rest = arguments
+def _modes() -> tuple[bool, ...]:
     return (
-        FollowTraining(target, flag),
-        (arguments[first],),
-        {key: arguments[key] for key in rest},
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
     )
+
+
+def _surroundings(module: nn.Module) -> _Surroundings:
+    buffers = ((id(b), b._version) for b in module._buffers.values() if b is not None)
+    return _Surroundings(_modes(), torch.get_rng_state(), tuple(buffers))
 
 
 def _holds_anything(module: nn.Module) -> bool:

@@ -9,9 +9,10 @@ from torch import fx
 from torch.fx.graph import PythonCode
 
 from dropsurgery.errors import TraceError
+from dropsurgery.graph.traced import TracedModule
 
 
-class TwoModeGraphModule(fx.GraphModule):
+class TwoModeGraphModule(TracedModule):
     """A traced network whose forward differs between `train()` and `eval()`.
 
     A Python `if self.training:` leaves two graphs (auxiliary heads, as in GoogLeNet and Inception).
@@ -27,12 +28,25 @@ class TwoModeGraphModule(fx.GraphModule):
     # On the class, since fx compiles while it initialises and copies.
     train_graph: fx.Graph | None = None
     train_error: TraceError | None = None
+    branching: tuple[str, ...] = ()
     _train_code = ""
 
-    def set_training(self, train_graph: fx.Graph | None, error: TraceError | None = None) -> None:
-        """Set the training graph, or the reason why there is none, and recompile."""
+    def set_training(
+        self,
+        train_graph: fx.Graph | None,
+        error: TraceError | None = None,
+        branching: tuple[str, ...] = (),
+    ) -> None:
+        """Set the training graph, or the reason why there is none, and recompile.
+
+        Args:
+            train_graph: the graph that runs in training mode.
+            error: raised in training mode where there is no such graph.
+            branching: paths of the modules whose forward asked for its mode.
+        """
         self.train_graph = train_graph
         self.train_error = error
+        self.branching = branching
         if train_graph is not None:
             train_graph.owning_module = self
         self.recompile()
@@ -54,6 +68,7 @@ class TwoModeGraphModule(fx.GraphModule):
         eval_forward = cls.forward
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.check_modes()
             if not self.training:
                 return eval_forward(self, *args, **kwargs)
             if error is not None:
@@ -62,6 +77,18 @@ class TwoModeGraphModule(fx.GraphModule):
 
         cls.forward = forward
         return result
+
+    def check_modes(self) -> None:
+        """Raise where a module that branches on its mode is in another mode than the root."""
+        for path in self.branching:
+            if self.get_submodule(path).training != self.training:
+                mode = "training" if self.training else "eval"
+                raise TraceError(
+                    f"the network is in {mode} mode and '{path}', whose forward depends on its "
+                    "mode, is not; a traced network has one graph a mode",
+                    where=path,
+                    fix=f"trace with leaf_modules=['{path}'], or put both into one mode",
+                )
 
     @property
     def code(self) -> str:
@@ -72,10 +99,10 @@ class TwoModeGraphModule(fx.GraphModule):
         return f"# in eval\n{eval_code}\n# in training\n{self._train_code}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TwoModeGraphModule:
-        train_graph, error = self.train_graph, self.train_error
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, TwoModeGraphModule)
-        copied.set_training(None if train_graph is None else copy.deepcopy(train_graph), error)
+        train_graph = None if self.train_graph is None else copy.deepcopy(self.train_graph)
+        copied.set_training(train_graph, self.train_error, self.branching)
         return copied
 
     def __reduce__(self) -> Any:

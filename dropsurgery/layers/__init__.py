@@ -2,9 +2,11 @@
 
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
 from dropsurgery.layers.drop_path import DropPath
-from dropsurgery.layers.dropout import FollowTraining, GaussianDropout
+from dropsurgery.layers.dropout import GaussianDropout
+from dropsurgery.layers.functions import Apply, FollowTraining
 
 __all__ = [
+    "Apply",
     "DropPath",
     "FollowTraining",
     "GaussianDropout",

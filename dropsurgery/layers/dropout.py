@@ -1,10 +1,8 @@
-"""Dropout as Gaussian noise, and functions that take the training flag as layers."""
+"""Dropout as Gaussian noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,27 +55,3 @@ class GaussianDropout(nn.Module):
 def gaussian_noise(like: Tensor, p: float) -> Tensor:
     """Return draws from N(1, p/(1 - p)) of the shape, dtype and device of `like`; p in [0, 1)."""
     return torch.randn_like(like).mul_(math.sqrt(p / (1.0 - p))).add_(1.0)
-
-
-class FollowTraining(nn.Module):
-    """A function one of whose arguments is the training flag, as a module that supplies it.
-
-    Tracing would bake the flag of the moment into the call; a module reads its own.
-
-    Args:
-        function: the function to call.
-        argument: the keyword of the flag.
-    """
-
-    def __init__(self, function: Callable[..., Any], argument: str) -> None:
-        super().__init__()
-        self.function = function
-        self.argument = argument
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with the flag of this module."""
-        return self.function(*args, **{**kwargs, self.argument: self.training})
-
-    def extra_repr(self) -> str:
-        """Return the function and its flag for `repr`."""
-        return f"{getattr(self.function, '__name__', self.function)}, {self.argument}=self.training"

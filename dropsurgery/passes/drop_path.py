@@ -12,9 +12,16 @@ from torch import fx, nn
 from dropsurgery import survival as rules
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
-from dropsurgery.graph.module import Skip, graphs, module_path, nodes_by_target, place_like
+from dropsurgery.graph.module import (
+    Skip,
+    fresh_path,
+    graphs,
+    module_path,
+    nodes_by_target,
+    place_like,
+)
+from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
 from dropsurgery.graph.residual import Residuals, Site, analyse, check_include
-from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.drop_path import DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
@@ -114,6 +121,7 @@ class InsertDropPath(Pass):
                 fix="a module path or pattern such as 'layer4.*', or a callable that takes a Site",
             )
         users = nodes_by_target(module)
+        by_name = {node.name: node for node in module.graph.nodes}
         taken: set[str] = set()
         steps, changes, skipped = [], [], list(residuals.skipped)
         for site in residuals.sites:
@@ -126,6 +134,11 @@ class InsertDropPath(Pass):
             retune = native is not None and self._can_retune(
                 native, site, module, users, drop_probs
             )
+            alias = _aliased(module, by_name[site.add], by_name[site.branch])
+            if alias is not None and native is None:
+                reason = f"the add overwrites its branch in place, which '{alias.name}' shares and "
+                skipped.append(Skip(site.module, site.add, f"{reason}others read afterwards"))
+                continue
             path = _target(module, site) if retune else _fresh(module, site.module, taken)
             taken.add(path)
             steps += [_Step(g, s, path, p, retune, total) for g, s in twins]
@@ -157,8 +170,12 @@ class InsertDropPath(Pass):
             with graph.inserting_before(add):
                 call = graph.call_module(step.path, (branch,))
             place_like(call, add)
-            call.meta[_INSERTED] = True
+            late = _late_readers(module, add, branch) if _overwrites(module, add, branch) else []
+            # `y.add_(x)` leaves the sum in y; now it lands in the drop path's output instead.
+            for user in late:
+                user.replace_input_with(branch, add)
             add.replace_input_with(branch, call)
+            call.meta[_INSERTED] = tuple(user.name for user in late)
 
     def _set_native(self, module: fx.GraphModule, node: fx.Node, step: _Step) -> None:
         layer = module.get_submodule(str(node.target))
@@ -276,7 +293,11 @@ class RemoveDropPath(Pass):
             node = next(n for n in graph.nodes if n.name == name)
             if _INSERTED in node.meta:
                 left.add(str(node.target))
-                node.replace_all_uses_with(node.args[0])
+                branch = node.args[0]
+                for add in list(node.users):
+                    for user in [u for u in add.users if u.name in node.meta[_INSERTED]]:
+                        user.replace_input_with(add, branch)
+                node.replace_all_uses_with(branch)
                 graph.erase_node(node)
                 continue
             original, rate, mode = node.meta.pop(_NATIVE)
@@ -289,6 +310,36 @@ class RemoveDropPath(Pass):
                 layer.mode = mode
         for path in left - nodes_by_target(module).keys():
             module.delete_submodule(path)
+
+
+def _overwrites(module: fx.GraphModule, add: fx.Node, branch: fx.Node) -> bool:
+    """Say whether an add writes the sum into the branch."""
+    return writes_in_place(module, add) and add.args[:1] == (branch,)
+
+
+def _late_readers(module: fx.GraphModule, add: fx.Node, branch: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read `branch` after `add`."""
+    order = {node: index for index, node in enumerate(add.graph.nodes)}
+    return [user for user in branch.users if user is not add and order[user] > order[add]]
+
+
+def _aliased(module: fx.GraphModule, add: fx.Node, branch: fx.Node) -> fx.Node | None:
+    """Return a node that shares memory with the branch and is read after an in-place add."""
+    if not _overwrites(module, add, branch):
+        return None
+
+    def same_memory(node: fx.Node) -> bool:
+        return kind_of(module, node) is Kind.ALIAS or writes_in_place(module, node)
+
+    shared, pending = {branch}, [branch]
+    while pending:
+        node = pending.pop()
+        before = node.all_input_nodes[:1] if same_memory(node) else []
+        after = [user for user in node.users if user is not add and same_memory(user)]
+        pending += [n for n in (*before, *after) if n not in shared]
+        shared.update(pending)
+    others = shared - {branch}
+    return next((node for node in others if _late_readers(module, add, node)), None)
 
 
 def _fresh(module: nn.Module, owner: str, taken: set[str]) -> str:

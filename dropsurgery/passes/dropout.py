@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
 from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.calls import DROPOUTS, bind
 from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, PATCH_DROPOUTS, is_one_of
 from dropsurgery.graph.module import Skip, graphs, module_path, nodes_by_target, place_like
-from dropsurgery.graph.tracer import DROPOUTS, bind
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
-from dropsurgery.layers.dropout import FollowTraining, GaussianDropout
+from dropsurgery.layers.dropout import GaussianDropout
+from dropsurgery.layers.functions import FollowTraining
 from dropsurgery.passes.base import Change, Pass, Plan
 
 _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)

@@ -20,9 +20,8 @@ from dropsurgery.graph.affine import (
 )
 from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis, moves_axes
 from dropsurgery.graph.clone import clone_structure
-from dropsurgery.graph.module import Skip, describe, module_path
+from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
 from dropsurgery.graph.trace import keep_eval
-from dropsurgery.graph.tracer import fresh_path
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.graph.uses import Uses, value_readers
 from dropsurgery.graph.weighted import Weighted, loses_precision, read_weighted

@@ -10,7 +10,7 @@ from torch import fx
 from dropsurgery.graph.module import module_path
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
-from dropsurgery.layers.dropout import FollowTraining
+from dropsurgery.layers.functions import FollowTraining
 from dropsurgery.passes.base import Change, Pass, Plan
 
 
