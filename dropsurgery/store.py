@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropsurgery.errors import ArgumentTypeError, DropsurgeryError, ModelLoadError
+from dropsurgery.graph.drops import is_drop, rate, rate_name, set_rate
 from dropsurgery.graph.module import HISTORY, history
-from dropsurgery.graph.trace import trace
+from dropsurgery.graph.trace import trace_like
 from dropsurgery.passes.base import Pass, run
+from dropsurgery.survival import check_probability
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -47,12 +49,14 @@ def save(module: nn.Module, directory: str | os.PathLike[str]) -> Path:
             fix="ds.save(ds.retrofit(model), directory), or torch.save for a plain module",
         )
     tensors, aliases = _unique(module.state_dict())
-    record = history(module)
+    modules = list(module.named_modules())
     document = {
         "format": FORMAT,
-        "source": record["source"],
-        "passes": record["passes"],
+        **history(module),
         "training": module.training,
+        "other_mode": [path for path, m in modules if m.training != module.training],
+        "rates": {path: rate(m) for path, m in modules if is_drop(m) and rate_name(m)},
+        "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         "aliases": aliases,
         "versions": {"torch": torch.__version__},
     }
@@ -103,7 +107,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         raise ModelLoadError(
             f"the weights cannot be read: {error}", where=str(source / WEIGHTS)
         ) from error
-    module = trace(model)
+    module = trace_like(model, document)
     # Passes that fold refuse a network in training mode, whatever mode it was put into later.
     module.eval()
     for item in passes:
@@ -116,8 +120,31 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
                 fix=f"load it on a model like the one it was made from: {document['source']}",
             ) from error
     _fill(module, tensors, document, source)
-    module.train(document["training"])
+    _set_state(module, document, source)
     return module
+
+
+def _set_state(module: fx.GraphModule, document: dict[str, Any], source: Path) -> None:
+    """Set rates, modes and what is frozen as the saved module had them."""
+    modules = dict(module.named_modules())
+    parameters = dict(module.named_parameters())
+    try:
+        for path, drop_prob in document["rates"].items():
+            set_rate(modules[path], check_probability(drop_prob, f"the rate of '{path}'"))
+        for submodule in modules.values():
+            submodule.training = document["training"]
+        for path in document["other_mode"]:
+            modules[path].training = not document["training"]
+        frozen = {id(parameters[name]) for name in document["frozen"]}
+    except KeyError as error:
+        raise ModelLoadError(
+            f"the saved surgery names {error}, which this model does not have",
+            where=str(source / SURGERY),
+            fix=f"load it on a model like the one it was made from: {document['source']}",
+        ) from error
+    for parameter in parameters.values():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) not in frozen)
 
 
 def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -126,6 +153,12 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ArgumentTypeError(
+                f"the state dict holds a {type(value).__name__}; safetensors holds only tensors",
+                where=key,
+                fix="take get_extra_state out, or save that part yourself",
+            )
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         if value.numel() and place in first:
             aliases[key] = first[place]
@@ -159,13 +192,30 @@ def _read(path: Path) -> dict[str, Any]:
             where=str(path),
             fix=f"a file with format {FORMAT}",
         )
+    for name, kind in _FIELDS.items():
+        if not isinstance(document.get(name), kind):
+            raise ModelLoadError(
+                f"the saved surgery is damaged: {name!r} is {document.get(name)!r}",
+                where=str(path),
+            )
     return document
+
+
+_FIELDS = {
+    "source": str,
+    "passes": list,
+    "training": bool,
+    "other_mode": list,
+    "rates": dict,
+    "frozen": list,
+    "aliases": dict,
+}
 
 
 def _passes(document: dict[str, Any], path: Path) -> list[Pass]:
     passes = []
     for entry in document["passes"]:
-        data = dict(entry)
+        data = dict(entry) if isinstance(entry, dict) else {}
         name = data.pop("pass", None)
         if name not in Pass.registry:
             raise ModelLoadError(f"unknown pass {name!r}", where=str(path))
@@ -193,6 +243,11 @@ def _fill(
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
         values[key] = value
     for key, original in document["aliases"].items():
+        if original not in values:
+            raise ModelLoadError(
+                f"the saved surgery is damaged: {key!r} repeats {original!r}, which is not saved",
+                where=str(source / SURGERY),
+            )
         values[key] = values[original]
     try:
         module.load_state_dict(values, strict=True, assign=True)

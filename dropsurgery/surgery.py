@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -11,7 +12,7 @@ from dropsurgery import survival
 from dropsurgery.graph.trace import trace
 from dropsurgery.layers.drop_path import Mode
 from dropsurgery.passes.base import apply, run
-from dropsurgery.passes.drop_path import InsertDropPath, Unit
+from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from dropsurgery.passes.inference import DropUnused, KeepEval
@@ -26,6 +27,8 @@ def retrofit(
     rule: str = "linear",
     mode: Mode = "row",
     unit: Unit = "block",
+    where: Where = None,
+    include: Collection[str] = (),
 ) -> fx.GraphModule:
     """Give a network stochastic depth: drop path on every residual branch.
 
@@ -40,18 +43,27 @@ def retrofit(
         rule: "linear" (the paper's), "linspace", "efficientnet" or "constant"; see `ds.survival`.
         mode: "row" draws once a sample, "batch" once a mini-batch.
         unit: what the rule counts: "block", "add" or "position"; see `InsertDropPath`.
+        where: which sites get it, as a module-path pattern (`"layer4.*"`), a tuple of them or a
+            callable that takes a `Site`; every site without. The rule counts all sites either way.
+        include: what else counts as a site: "linear", "nested"; see `find_residuals`.
 
     Returns:
         The retrofitted network, in the mode that `model` is in. A network without residual adds
         comes back as it is, with a logged warning.
 
     Raises:
-        ArgumentError: an unknown rule, mode or unit, or a probability outside [0, 1].
+        ArgumentError: an unknown rule, mode, unit or `include`, or a probability outside [0, 1].
+        PassError: `where` matches no site; or the training forward cannot be traced.
         TraceError: the network cannot be turned into a graph.
     """
-    result = apply(
-        model, InsertDropPath(survival.by_name(rule, final_survival), mode=mode, unit=unit)
+    insertion = InsertDropPath(
+        survival.by_name(rule, final_survival),
+        mode=mode,
+        unit=unit,
+        where=where,
+        include=tuple({include} if isinstance(include, str) else include),
     )
+    result = apply(model, insertion)
     if not result.changes:
         logger.warning(
             "retrofit changed nothing: %s has no residual adds (see ds.find_residuals)",

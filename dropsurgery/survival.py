@@ -44,7 +44,7 @@ class _Final:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_probability(self.final, "final")
+        object.__setattr__(self, "final", check_probability(self.final, "final"))
 
     def drop_share(self, l: int, L: int) -> float:
         """Return which share of the final drop probability block l gets, in [0, 1]."""
@@ -93,7 +93,7 @@ class Constant:
     name: ClassVar[str] = "constant"
 
     def __post_init__(self) -> None:
-        check_probability(self.p, "p")
+        object.__setattr__(self, "p", check_probability(self.p, "p"))
 
     def __call__(self, l: int, L: int) -> float:
         """Return `p`."""
@@ -110,7 +110,7 @@ class PerStage:
     name: ClassVar[str] = "per_stage"
 
     def __post_init__(self) -> None:
-        check_probability(self.final, "final")
+        object.__setattr__(self, "final", check_probability(self.final, "final"))
         if not self.depths or any(type(d) is not int or d < 1 for d in self.depths):
             raise ArgumentError(
                 f"depths are the numbers of blocks in each stage, got {self.depths!r}",
@@ -198,7 +198,10 @@ def by_name(name: str, final: float) -> Rule:
     """Return the rule of that name with `final` (for "constant": every block's survival)."""
     if name not in NAMED:
         known = ", ".join(map(repr, NAMED))
-        raise ArgumentError(f"unknown survival rule {name!r}", fix=f"one of {known}")
+        raise ArgumentError(
+            f"unknown survival rule {name!r}",
+            fix=f"one of {known}; a rule of your own goes to ds.InsertDropPath(rule)",
+        )
     rule: Rule = RULES[name](final)
     return rule
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+_GAP, _SMALL_GAP = 3, 2  # columns of text between two columns of the table
+_NARROWEST = 12  # no column is folded to less
+NOTHING = "-"  # a cell without a number in a column of numbers
+
 
 def render(
     columns: Sequence[str],
@@ -17,7 +21,8 @@ def render(
 
     Args:
         columns: the headings.
-        rows: one sequence of cells per row; numbers are aligned to the right.
+        rows: one sequence of cells per row; numbers are aligned to the right. Where the widest
+            column has to give way, module paths in it are folded after a dot.
         title: a line above the table.
         caption: a line below it.
         width: the most columns of text that the table may take.
@@ -28,12 +33,20 @@ def render(
     from rich.text import Text
 
     body = [tuple(row) for row in rows]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=True)
+    lines, gap = _fitted(columns, [[_cell(value) for value in row] for row in body], width)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1) if gap == _GAP else (0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for index, name in enumerate(columns):
-        numeric = bool(body) and all(isinstance(row[index], int | float) for row in body)
+        cells = [row[index] for row in body]
+        numbers = [isinstance(cell, int | float) for cell in cells if cell != NOTHING]
+        numeric = bool(numbers) and all(numbers)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in body:
-        table.add_row(*(Text(_cell(value)) for value in row))
+    for line in lines:
+        table.add_row(*map(Text, line))
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         if title:
@@ -43,6 +56,36 @@ def render(
         if caption:
             console.print(Text(caption))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _fitted(
+    columns: Sequence[str], body: list[list[str]], width: int
+) -> tuple[list[list[str]], int]:
+    """Return rows and a gap that fit: narrower gaps, then the widest column's names folded."""
+    widths = [max(map(len, column)) for column in zip(columns, *body, strict=True)]
+    gaps = len(widths) - 1
+    if sum(widths) + _GAP * gaps <= width:
+        return body, _GAP
+    excess = max(sum(widths) + _SMALL_GAP * gaps - width, 0)
+    widest = max(range(len(widths)), key=widths.__getitem__)
+    room = max(widths[widest] - excess, _NARROWEST)
+    rows = [
+        [_folded(cell, room) if index == widest else cell for index, cell in enumerate(row)]
+        for row in body
+    ]
+    return rows, _SMALL_GAP
+
+
+def _folded(cell: str, room: int) -> str:
+    return " ".join(_folded_word(word, room) for word in cell.split(" "))
+
+
+def _folded_word(word: str, room: int) -> str:
+    lines = []
+    while len(word) > room and (end := word.rfind(".", 1, room) + 1):
+        lines.append(word[:end])
+        word = word[end:]
+    return "\n".join([*lines, word])
 
 
 def _cell(value: object) -> str:

@@ -300,6 +300,64 @@ def test_networks_are_deterministic_in_training_afterwards(name: str) -> None:
     assert all(torch.equal(left, right) for left, right in pairs)
 
 
+def test_projects_own_copies_of_drop_path_are_recognised() -> None:
+    class DropPath(nn.Module):
+        def __init__(self, drop_prob: float) -> None:
+            super().__init__()
+            self.drop_prob = drop_prob
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.drop_prob == 0.0 or not self.training:
+                return x
+            return x * x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop_path = nn.Conv2d(3, 3, 1), DropPath(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop_path(F.relu(self.conv(x)))
+
+    net = ds.retrofit(Block(), 0.5)
+    assert net.drop_path.drop_prob == 0.5
+    assert not [m for m in net.modules() if isinstance(m, ds.DropPath)]
+    assert not is_random(convert(Block(), "identity"))
+
+
+def test_a_subclass_with_a_forward_of_its_own_and_hooks_are_left_alone() -> None:
+    class Doubles(timm.layers.DropPath):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    hooked = nn.Dropout(0.5)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    model = nn.Sequential(Doubles(0.1), hooked).eval()
+    x = torch.ones(2, 2)
+    result = ds.apply(model, ds.ConvertDropout("identity"))
+    assert torch.equal(result.module(x), model(x))
+    assert [skip.reason for skip in result.skipped] == [
+        "Dropout p=0.5 '1': its forward hooks would be lost"
+    ]
+
+
+def test_shared_drops_leave_under_all_their_names_and_not_out_of_a_leaf() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.first = nn.Dropout(0.1)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(self.encoder.dropout1(self.second(self.first(x))))
+
+    net = convert(Shares(), "identity")
+    assert not hasattr(net, "first")
+    assert not hasattr(net, "second")
+    assert not is_random(net, torch.ones(2, 3, 4))
+
+
 def test_bad_target() -> None:
     with pytest.raises(ArgumentError, match="cannot be converted to 'laplace'"):
         ds.ConvertDropout("laplace")  # type: ignore[arg-type]

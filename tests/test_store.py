@@ -112,13 +112,52 @@ def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
 
 def test_frozen_parameters_and_half_precision_are_kept(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).bfloat16()
+    model[0].bias.requires_grad_(False)
     ds.save(ds.trace(model), tmp_path)
     fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     fresh[0].requires_grad_(False)
     loaded = ds.load(tmp_path, fresh)
     assert [p.dtype for p in loaded.parameters()] == [torch.bfloat16] * 4
-    assert [p.requires_grad for p in loaded.parameters()] == [False, False, True, True]
+    assert [p.requires_grad for p in loaded.parameters()] == [True, False, True, True]
     assert fresh[0].weight.dtype == torch.float32
+
+
+def test_modes_and_rates_that_were_set_afterwards_are_kept(tmp_path: Path) -> None:
+    net = ds.retrofit(torchvision.models.resnet18(), 0.5).train()
+    net.layer1[0].bn1.eval()
+    net.layer1[0].drop_path.drop_prob = 0.75
+    ds.save(net, tmp_path)
+    loaded = ds.load(tmp_path, torchvision.models.resnet18())
+    flags = {path: module.training for path, module in loaded.named_modules()}
+    assert flags == {path: module.training for path, module in net.named_modules()}
+    assert loaded.layer1[0].drop_path.drop_prob == 0.75
+
+
+def test_leaves_and_inputs_are_traced_alike(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18()
+    net = ds.retrofit(ds.trace(model, leaf_modules=["layer1", type(model.layer2[0])]), 0.5)
+    ds.save(net, tmp_path)
+    assert ds.load(tmp_path, torchvision.models.resnet18()).code == net.code
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return x if mask is None else x * mask
+
+    x = torch.ones(2)
+    ds.save(ds.trace(Masked(), example_inputs=(x, x)), tmp_path)
+    assert torch.equal(ds.load(tmp_path, Masked())(x, x * 3), x * 3)
+
+
+def test_a_whole_module_survives_a_pickle(tmp_path: Path) -> None:
+    net = ds.retrofit(torchvision.models.efficientnet_b0(), 0.5).eval()
+    torch.save(net, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(loaded(X), net(X))
+    assert ds.save(loaded, tmp_path).exists()
+    assert [str(s.module) for s in ds.find_residuals(loaded).sites]
+    removed = ds.apply(loaded, ds.RemoveDropPath())
+    assert len(removed.changes) == 9
+    assert removed.module.features[2][1].stochastic_depth.p == pytest.approx(0.025)
 
 
 def test_nothing_is_pickled_and_the_json_is_readable(tmp_path: Path) -> None:
@@ -161,6 +200,18 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         ds.save(ds.trace(nn.Linear(2, 2)), tmp_path / "file" / "below")
 
 
+def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"step": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    with pytest.raises(ArgumentTypeError, match="safetensors holds only tensors"):
+        ds.save(ds.trace(nn.Sequential(Extra(2, 2))), tmp_path)
+
+
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     with pytest.raises(ModelLoadError, match="no saved surgery here"):
@@ -171,6 +222,10 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     surgery = tmp_path / "surgery.json"
     document = json.loads(surgery.read_text())
     for change, message in (
+        ({"passes": 3}, "damaged: 'passes' is 3"),
+        ({"passes": [3]}, "unknown pass None"),
+        ({"aliases": {"a": "b"}}, "'a' repeats 'b', which is not saved"),
+        ({"rates": {"nowhere": 0.5}}, "names 'nowhere', which this model does not have"),
         ({"format": 99}, "not a saved surgery that this version can read"),
         ({"passes": [{"pass": "Explode"}]}, "unknown pass 'Explode'"),
         ({"passes": [{"pass": "ConvertDropout"}]}, "parameters of pass ConvertDropout"),

@@ -598,6 +598,24 @@ def test_example_inputs_that_do_not_fit_are_told_with_the_node() -> None:
         ds.trace(model, example_inputs=3)
 
 
+def test_a_module_with_hooks_stays_whole() -> None:
+    model = torchvision.models.resnet18().eval()
+    seen: list[int] = []
+    model.layer1.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    traced = ds.trace(model)
+    assert not seen
+    traced(X)
+    assert seen == [2]
+    assert "layer1" in {node.target for node in traced.graph.nodes}
+    skipped = ds.find_residuals(traced).skipped
+    assert "for its forward hooks" in skipped[0].reason
+
+
+def test_a_layer_of_torchs_as_the_model_says_to_wrap_it() -> None:
+    with pytest.raises(TraceError, match="wrap it in a"):
+        ds.trace(nn.MultiheadAttention(4, 2))
+
+
 def test_leaf_modules_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ArgumentError, match="no such module"):
         ds.trace(nn.Linear(2, 2), leaf_modules=["nowhere"])

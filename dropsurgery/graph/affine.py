@@ -16,7 +16,13 @@ from torch.nn import functional as F
 from torch.nn.modules import batchnorm
 from torch.nn.utils import parametrize
 
-from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, FROZEN_BATCHNORMS
+from dropsurgery.graph.leaves import (
+    DROP_BLOCKS,
+    DROP_PATHS,
+    FROZEN_BATCHNORMS,
+    forward_owner,
+    has_hooks,
+)
 from dropsurgery.layers import FollowTraining
 
 
@@ -84,23 +90,6 @@ class Norm:
         if self.bias is not None:
             shift = shift + self.bias.detach().double()
         return Affine(scale, shift)
-
-
-def forward_owner(module: nn.Module) -> str:
-    """Return the qualified name of the class that defines the forward which `module` runs.
-
-    A subclass that adds nothing to a known layer is that layer; one with a forward of its own, or
-    an object whose forward was replaced, is not.
-    """
-    if "forward" in module.__dict__:
-        return "an object with a forward of its own"
-    owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
-    return f"{owner.__module__}.{owner.__qualname__}"
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Say whether something runs around the module's forward, which a fold would lose."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

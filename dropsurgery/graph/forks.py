@@ -82,7 +82,9 @@ class Flow:
         """Return the nearest fork that makes `skip` the skip and `branch` the branch."""
         ancestors = _Ancestors(self, branch)
         for node, identity, light in self._behind(skip):
-            if node is not branch and ancestors.holds(node):
+            if node is branch:
+                return None  # the skip is computed from it: if at all, they change places
+            if ancestors.holds(node):
                 region = self._region(node, ancestors)
                 return Fork(node, skip, branch, identity, light, region, self._affine(region))
         return None

@@ -49,12 +49,30 @@ def is_one_of(module: nn.Module, names: frozenset[str]) -> bool:
     return not names.isdisjoint(qualified_names(type(module)))  # type: ignore[arg-type]
 
 
+def forward_owner(module: nn.Module) -> str:
+    """Return the qualified name of the class that defines the forward which `module` runs.
+
+    A subclass that adds nothing to a known layer is that layer; one with a forward of its own, or
+    an object whose forward was replaced, is not.
+    """
+    if "forward" in module.__dict__:
+        return "an object with a forward of its own"
+    owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether something runs around the module's forward, which taking it out would lose."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class Leaves:
     """The rule by which a module stays whole.
 
     Whole are: everything in torch.nn except `Sequential`; every BatchNorm, whatever it adds; drop
-    layers, which must follow `train()` and `eval()` by themselves; dropsurgery's own layers; the
-    modules that timm registers as not traceable; and what the caller names.
+    layers, which must follow `train()` and `eval()` by themselves; modules with forward hooks;
+    dropsurgery's own layers; the modules that timm registers as not traceable; and what the caller
+    names.
 
     Args:
         extra: module classes, module objects or dotted paths.
@@ -63,12 +81,13 @@ class Leaves:
 
     def __init__(self, extra: Iterable[Any], model: nn.Module) -> None:
         self.classes: tuple[type, ...] = (*_timm_notrace_modules(),)
+        # Paths of the modules that the caller named, by class, object or path.
         self.paths: set[str] = set()
         paths = {id(module): path for path, module in model.named_modules()}
         known = set(dict(model.named_modules(remove_duplicate=False)))
         for item in (extra,) if isinstance(extra, str | type | nn.Module) else extra:
             if isinstance(item, type) and issubclass(item, nn.Module):
-                self.classes += (item,)
+                self.paths |= {p for p, m in model.named_modules() if isinstance(m, item) and p}
             elif isinstance(item, nn.Module) and id(item) in paths:
                 self.paths.add(paths[id(item)])
             elif isinstance(item, str):
@@ -86,6 +105,9 @@ class Leaves:
     def __call__(self, module: nn.Module, path: str) -> bool:
         """Say whether `module`, at `path`, stays whole."""
         if path in self.paths or isinstance(module, (*self.classes, _NormBase)):
+            return True
+        if path and has_hooks(module):
+            # A graph has no call of a module that is traced through, so its hooks would not run.
             return True
         home = type(module).__module__
         if home.startswith(("torch.nn.", "torch.ao.nn.", "dropsurgery.layers.")):

@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, FROZEN_BATCHNORMS, is_one_of
+from dropsurgery.graph.drops import is_drop
+from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import called_module
-from dropsurgery.layers.dropout import GaussianDropout
 
 
 class Kind(Enum):
@@ -43,15 +43,12 @@ class Kind(Enum):
     CREATE = auto()  # a new tensor that does not depend on operands' values
 
 
-_DROPOUT_MODULES = (nn.modules.dropout._DropoutNd,)
-
 _MODULES: tuple[tuple[tuple[type, ...], Kind], ...] = (
     (
         (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle,
          nn.ChannelShuffle),
         Kind.ALIAS,
     ),
-    (_DROPOUT_MODULES, Kind.DROP),
     ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), Kind.NORM),
     (
         (nn.modules.conv._ConvNd, nn.Linear, _NormBase, nn.AvgPool1d, nn.AvgPool2d,
@@ -142,7 +139,7 @@ _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "data", "real", "values"})
 
 def module_kind(module: nn.Module) -> Kind:
     """Return the kind of a leaf module."""
-    if is_one_of(module, DROP_PATHS | DROP_BLOCKS) or isinstance(module, GaussianDropout):
+    if is_drop(module):
         return Kind.DROP
     if is_one_of(module, FROZEN_BATCHNORMS):
         return Kind.LINEAR

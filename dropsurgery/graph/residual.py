@@ -29,8 +29,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.forks import Flow, Fork
-from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
+from dropsurgery.graph.leaves import has_hooks
 from dropsurgery.graph.module import Skip, called_module, graphs, module_path, owner_call
 from dropsurgery.graph.ops import Kind, Role
 from dropsurgery.graph.trace import trace
@@ -215,6 +216,8 @@ class _Analysis:
         name = type(called).__name__
         if isinstance(called, _OPAQUE):
             return f"nn.{name} is kept whole: its residual adds are not visible"
+        if has_hooks(called) and any(True for _ in called.children()):
+            return f"{name} is kept whole for its forward hooks: residual adds inside it are hidden"
         home = type(called).__module__
         if home.startswith(("torch.nn.", "dropsurgery.")) or isinstance(called, _NormBase):
             return ""
@@ -270,7 +273,7 @@ class _Analysis:
         """Return the drop-path call at the end of a branch, behind gains and views at most."""
         for node in self.flow.tail(branch):
             called = called_module(self.module, node)
-            if called is not None and is_one_of(called, DROP_PATHS):
+            if called is not None and is_drop_path(called):
                 return node.name
         return None
 

@@ -30,7 +30,7 @@ from dropsurgery.graph.affine import (
     norm_function,
     norm_ranks,
 )
-from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
+from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.weighted import conv_axes, conv_function
 
 Shape = tuple[int | None, ...]
@@ -144,7 +144,7 @@ def _module(call: Call, module: nn.Module) -> Shape | None:
         if isinstance(module, cls):
             pair = getattr(module, "return_indices", False)
             return None if pair else windowed(call.input, pool_axes)
-    if isinstance(module, _SAME_SHAPE) or is_one_of(module, DROP_PATHS):
+    if isinstance(module, _SAME_SHAPE) or is_drop_path(module):
         return call.input
     if isinstance(module, _SAME_RANK):
         shape = call.input

@@ -69,10 +69,22 @@ def trace(
         module = _copy_graph_module(model)
     else:
         module = _trace_modes(model, Leaves(leaf_modules, model), _given(model, example_inputs))
-    for clone, original in _pairs(module, model):
-        clone.__dict__["training"] = original.training
+    _copy_flags(module, model)
     if example_inputs is not None:
         record_shapes(module, arguments(module, example_inputs))
+    return module
+
+
+def trace_like(model: nn.Module, record: Mapping[str, Any]) -> fx.GraphModule:
+    """Trace a model as the one was traced that has this `history`: same leaves, same inputs."""
+    _check_model(model)
+    inputs = record.get("inputs") or {}
+    given = Given(tuple(inputs.get("names", ())), inputs.get("star", 0))
+    if isinstance(model, fx.GraphModule):
+        module = _copy_graph_module(model)
+    else:
+        module = _trace_modes(model, Leaves(record.get("leaf_modules", ()), model), given)
+    _copy_flags(module, model)
     return module
 
 
@@ -190,7 +202,12 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModu
         owner = root.get_submodule(prefix)
         layer.train(owner.training)
         owner.add_module(name, layer)
-    history = {"source": f"{type(model).__module__}.{type(model).__qualname__}", "passes": []}
+    history = {
+        "source": f"{type(model).__module__}.{type(model).__qualname__}",
+        "leaf_modules": sorted(leaves.paths),
+        "inputs": {"names": list(given.names), "star": given.star},
+        "passes": [],
+    }
     two_mode = error is not None or (trained is not None and not merged)
     module = _assemble(root, evaluated.graph, history, two_mode=two_mode)
     if isinstance(module, TwoModeGraphModule):
@@ -244,6 +261,13 @@ def _trace_once(
         return tracer
 
 
+_KEEP_WHOLE = (
+    "keep the module whole with leaf_modules=('its.path',) or its class, take Python that depends "
+    "on tensor values out of forward, or fix optional arguments with example_inputs"
+)
+_WRAP_IT = "a layer of torch's is kept whole inside another module: wrap it in a nn.Module of yours"
+
+
 def _explain(error: Exception, tracer: ModeTracer, training: bool) -> TraceError:
     """Say where in the user's model, and on which line, tracing failed."""
     if tracer.module_stack:
@@ -251,6 +275,8 @@ def _explain(error: Exception, tracer: ModeTracer, training: bool) -> TraceError
         where = f"module '{path}' ({kind.__name__})" if path else kind.__name__
     else:
         where = f"the forward of {type(tracer.root).__name__}"
+    home = type(tracer.root).__module__
+    at_root = not tracer.module_stack
     torch_home = str(Path(torch.__file__).parent)
     ours = str(Path(__file__).parent.parent)
     frames = [
@@ -266,8 +292,7 @@ def _explain(error: Exception, tracer: ModeTracer, training: bool) -> TraceError
     failure = TraceError(
         f"the network cannot be traced in {mode} mode: {type(error).__name__}: {error}",
         where=where,
-        fix="keep the module whole with leaf_modules=('its.path',) or its class, take Python that "
-        "depends on tensor values out of forward, or fix optional arguments with example_inputs",
+        fix=_WRAP_IT if at_root and home.startswith("torch.nn.") else _KEEP_WHOLE,
     )
     failure.__cause__ = error
     return failure
@@ -383,9 +408,9 @@ def _copy_graph_module(model: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _pairs(module: nn.Module, model: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
-    """Yield (module of the clone, module of the original) for every path they share."""
+def _copy_flags(module: nn.Module, model: nn.Module) -> None:
+    """Give every module of a clone the training flag of the original at its path."""
     clones = dict(module.named_modules(remove_duplicate=False))
     for path, original in model.named_modules(remove_duplicate=False):
         if path in clones:
-            yield clones[path], original
+            clones[path].__dict__["training"] = original.training

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from torch import fx, nn
 
 # Under this key fx finds attributes that a deep copy of a GraphModule keeps.
 _KEPT_BY_DEEPCOPY = "_user_preserved_attributes"
+# Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
+INSERTED = "dropsurgery_inserted_drop_path"
+NATIVE = "dropsurgery_native_drop_path"
 
 
 class TracedModule(fx.GraphModule):
@@ -37,3 +41,37 @@ class TracedModule(fx.GraphModule):
         shadow.__dict__ = self.__dict__
         original.train(shadow, mode)
         return self
+
+    def __reduce__(self) -> Any:
+        """Pickle as fx does, by code, and with the marks on the nodes that code does not carry."""
+        build, arguments = super().__reduce__()
+        marks = [
+            (node.op, {key: value for key, value in node.meta.items() if key in _PICKLED})
+            for node in self.graph.nodes
+        ]
+        return _unpickle, (build, arguments, type(self).__name__, self.meta, marks)
+
+
+# What a pickle keeps of node.meta: plain data.
+_PICKLED = frozenset({"nn_module_stack", INSERTED, NATIVE})
+
+
+def _unpickle(
+    build: Callable[..., fx.GraphModule],
+    arguments: tuple[Any, ...],
+    name: str,
+    record: dict[str, Any],
+    marks: list[tuple[str, dict[str, Any]]],
+) -> TracedModule:
+    """Make a traced module of what fx makes of a pickle, and mark its nodes."""
+    plain = build(*arguments)
+    module = TracedModule(nn.Module(), fx.Graph(), name)
+    for key, value in plain.__dict__.items():
+        if key not in ("_graph", "_code"):
+            module.__dict__[key] = value
+    module.meta = record
+    module.graph = plain.graph
+    for node, (op, meta) in zip(module.graph.nodes, marks, strict=True):
+        assert node.op == op
+        node.meta.update(meta)
+    return module

@@ -16,14 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules import conv
 from torch.nn.utils import parametrize
 
-from dropsurgery.graph.affine import (
-    Affine,
-    Refused,
-    argument,
-    forward_owner,
-    has_hooks,
-    stored_tensor,
-)
+from dropsurgery.graph.affine import Affine, Refused, argument, stored_tensor
+from dropsurgery.graph.leaves import forward_owner, has_hooks
 
 # What torch computes convolutions in; anything else (quantised, complex) is left alone.
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})

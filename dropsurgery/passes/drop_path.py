@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from dropsurgery import survival as rules
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
-from dropsurgery.graph.leaves import DROP_PATHS, is_one_of
+from dropsurgery.graph.drops import is_drop_path, rate, set_rate
 from dropsurgery.graph.module import (
     Skip,
     fresh_path,
@@ -22,18 +22,13 @@ from dropsurgery.graph.module import (
 )
 from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
 from dropsurgery.graph.residual import Residuals, Site, analyse, check_include
+from dropsurgery.graph.traced import INSERTED, NATIVE
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.layers.drop_path import DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
 
 Unit = Literal["block", "add", "position"]
 Where = str | tuple[str, ...] | Callable[[Site], bool] | None
-
-# Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
-_INSERTED = "dropsurgery_inserted_drop_path"
-_NATIVE = "dropsurgery_native_drop_path"
-
-_RATE_ATTRIBUTES = ("drop_prob", "p")  # timm's and ours, torchvision's
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,14 @@ class InsertDropPath(Pass):
             )
         if isinstance(self.where, list):
             object.__setattr__(self, "where", tuple(self.where))
+        names = self.where if isinstance(self.where, tuple) else ()
+        if not (
+            self.where is None or isinstance(self.where, str | tuple) or callable(self.where)
+        ) or not all(isinstance(name, str) for name in names):
+            raise ArgumentTypeError(
+                f"where chooses sites by a pattern, several, or a callable, got {self.where!r}",
+                fix="'layer4.*', ('layer3.*', 'layer4.*') or lambda site: site.block > 4",
+            )
 
     def check(self, module: fx.GraphModule) -> None:
         """Refuse a network whose training forward is not known."""
@@ -175,12 +178,12 @@ class InsertDropPath(Pass):
             for user in late:
                 user.replace_input_with(branch, add)
             add.replace_input_with(branch, call)
-            call.meta[_INSERTED] = tuple(user.name for user in late)
+            call.meta[INSERTED] = tuple(user.name for user in late)
 
     def _set_native(self, module: fx.GraphModule, node: fx.Node, step: _Step) -> None:
         layer = module.get_submodule(str(node.target))
         if step.retune:
-            _set_rate(layer, step.drop_prob)
+            set_rate(layer, step.drop_prob)
             if hasattr(layer, "mode"):
                 layer.mode = self.mode  # type: ignore[assignment]
             return
@@ -268,15 +271,13 @@ class RemoveDropPath(Pass):
         for index, graph in enumerate(graphs(module)):
             for node in graph.nodes:
                 path = str(node.target)
-                if _INSERTED in node.meta:
+                if INSERTED in node.meta:
                     what = f"took out '{path}'"
-                elif _NATIVE in node.meta:
-                    original, rate, _ = node.meta[_NATIVE]
-                    what = f"set '{original}' back to drop probability {rate:.4g}"
+                elif NATIVE in node.meta:
+                    original, before, _ = node.meta[NATIVE]
+                    what = f"set '{original}' back to drop probability {before:.4g}"
                 else:
-                    if node.op == "call_module" and is_one_of(
-                        module.get_submodule(path), DROP_PATHS
-                    ):
+                    if node.op == "call_module" and is_drop_path(module.get_submodule(path)):
                         reason = f"'{path}' was there before; ConvertDropout('identity') removes it"
                         skipped.append(Skip(module_path(node), node.name, reason))
                     continue
@@ -291,21 +292,21 @@ class RemoveDropPath(Pass):
         for index, name in plan.steps:
             graph = graphs(module)[index]
             node = next(n for n in graph.nodes if n.name == name)
-            if _INSERTED in node.meta:
+            if INSERTED in node.meta:
                 left.add(str(node.target))
                 branch = node.args[0]
                 for add in list(node.users):
-                    for user in [u for u in add.users if u.name in node.meta[_INSERTED]]:
+                    for user in [u for u in add.users if u.name in node.meta[INSERTED]]:
                         user.replace_input_with(add, branch)
                 node.replace_all_uses_with(branch)
                 graph.erase_node(node)
                 continue
-            original, rate, mode = node.meta.pop(_NATIVE)
+            original, before, mode = node.meta.pop(NATIVE)
             if node.target != original:
                 left.add(str(node.target))
                 node.target = original
             layer = module.get_submodule(original)
-            _set_rate(layer, rate)
+            set_rate(layer, before)
             if hasattr(layer, "mode"):
                 layer.mode = mode
         for path in left - nodes_by_target(module).keys():
@@ -380,15 +381,6 @@ def _add(module: nn.Module, path: str, layer: nn.Module) -> None:
 
 def _mark_native(module: fx.GraphModule, node: fx.Node) -> None:
     """Write down, once, what a network's own drop-path call was before its rate is set."""
-    if _INSERTED not in node.meta and _NATIVE not in node.meta:
+    if INSERTED not in node.meta and NATIVE not in node.meta:
         layer = module.get_submodule(str(node.target))
-        node.meta[_NATIVE] = (str(node.target), _rate(layer), getattr(layer, "mode", "row"))
-
-
-def _rate(layer: nn.Module) -> float:
-    return float(next(getattr(layer, name) for name in _RATE_ATTRIBUTES if hasattr(layer, name)))
-
-
-def _set_rate(layer: nn.Module, drop_prob: float) -> None:
-    name = next(name for name in _RATE_ATTRIBUTES if hasattr(layer, name))
-    setattr(layer, name, drop_prob)
+        node.meta[NATIVE] = (str(node.target), rate(layer), getattr(layer, "mode", "row"))

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.graph.calls import DROPOUTS, bind
-from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, PATCH_DROPOUTS, is_one_of
-from dropsurgery.graph.module import Skip, graphs, module_path, nodes_by_target, place_like
+from dropsurgery.graph.drops import is_drop, is_drop_block, is_drop_path, is_patch_dropout, rate
+from dropsurgery.graph.leaves import has_hooks
+from dropsurgery.graph.module import Skip, graphs, module_path, place_like
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
 from dropsurgery.layers.dropout import GaussianDropout
 from dropsurgery.layers.functions import FollowTraining
@@ -103,7 +103,7 @@ class ConvertDropout(Pass):
         elif node.op == "call_module":
             path = str(node.target)
             layer = module.get_submodule(path)
-            if _is_drop(layer):
+            if is_drop(layer):
                 yield self._layer(layer, path, node, index)
             elif isinstance(layer, ScaledDotProductAttention):
                 what = f"attention dropout p={layer.dropout_p:.4g} '{path}'"
@@ -120,11 +120,13 @@ class ConvertDropout(Pass):
     def _layer(
         self, layer: nn.Module, path: str, node: fx.Node, index: int
     ) -> tuple[_Step, str, str]:
-        what = f"{type(layer).__name__} p={_rate(layer):.4g} '{path}'"
+        what = f"{type(layer).__name__} p={rate(layer):.4g} '{path}'"
+        if has_hooks(layer):
+            return _Step("bypass", node.name, index, path), what, "its forward hooks would be lost"
         if self.to == "identity":
             return _Step("bypass", node.name, index, path), what, ""
-        reason = self._no_gaussian(_rate(layer))
-        if is_one_of(layer, DROP_BLOCKS | PATCH_DROPOUTS):
+        reason = self._no_gaussian(rate(layer))
+        if is_drop_block(layer) or is_patch_dropout(layer):
             reason = "it drops regions, which has no Gaussian form"
         elif getattr(layer, "inplace", False) and len(node.all_input_nodes[0].users) > 1:
             reason = "it works in place on a tensor that others read"
@@ -179,11 +181,11 @@ class ConvertDropout(Pass):
             where = f"{path}.{name}" if name else path
             step = _Step("inside", node.name, index, where)
             kind = type(layer).__name__
-            if _is_drop(layer) and name and _rate(layer) > 0.0:
-                reason = "it drops regions" if is_one_of(layer, DROP_BLOCKS) else ""
+            if is_drop(layer) and name and rate(layer) > 0.0:
+                reason = "it drops regions" if is_drop_block(layer) else ""
                 reason = reason if self.to == "gaussian" else ""
-                what = f"{kind} p={_rate(layer):.4g} '{where}' inside {type(leaf).__name__}"
-                yield step, what, reason or self._no_gaussian(_rate(layer))
+                what = f"{kind} p={rate(layer):.4g} '{where}' inside {type(leaf).__name__}"
+                yield step, what, reason or self._no_gaussian(rate(layer))
             elif isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0.0:
                 what = f"attention dropout p={layer.dropout:.4g} of {kind} '{where}'"
                 reason = self._no_gaussian(layer.dropout)
@@ -216,12 +218,23 @@ class ConvertDropout(Pass):
                     new = _plain_call(module, node)
                 node.replace_all_uses_with(new)
                 node.graph.erase_node(node)
-        for path in orphans - nodes_by_target(module).keys() - {""}:
-            module.delete_submodule(path)
+        self._take_out(module, orphans - {""})
+
+    def _take_out(self, module: fx.GraphModule, paths: set[str]) -> None:
+        """Take layers out of the module tree, under all their names, that nothing uses any more."""
+        calls = (n for graph in graphs(module) for n in graph.nodes if n.op == "call_module")
+        called = {id(module.get_submodule(str(node.target))) for node in calls}
+        layers = {id(module.get_submodule(path)) for path in paths} - called
+        in_use = [path for path, leaf in module.named_modules() if id(leaf) in called and path]
+        for path, layer in list(module.named_modules(remove_duplicate=False)):
+            # A layer inside a leaf is the leaf's own, whoever else called it.
+            inside = any(path.startswith(f"{leaf}.") for leaf in in_use)
+            if id(layer) in layers and not inside:
+                module.delete_submodule(path)
 
     def _perform_inside(self, module: fx.GraphModule, path: str) -> None:
         layer = module.get_submodule(path)
-        if _is_drop(layer):
+        if is_drop(layer):
             new = nn.Identity() if self.to == "identity" else _gaussian(layer)
             _swap(module, path, new.train(layer.training))
         elif self.to == "identity":
@@ -231,17 +244,6 @@ class ConvertDropout(Pass):
             layer.__class__ = GaussianMultiheadAttention
 
 
-def _is_drop(layer: nn.Module) -> bool:
-    return isinstance(layer, _DropoutNd | GaussianDropout) or is_one_of(
-        layer, DROP_PATHS | DROP_BLOCKS | frozenset({"timm.layers.patch_dropout.PatchDropout"})
-    )
-
-
-def _rate(layer: nn.Module) -> float:
-    names = ("drop_prob", "p", "prob")
-    return float(next((getattr(layer, n) for n in names if getattr(layer, n, None) is not None), 0))
-
-
 def _gaussian(layer: nn.Module) -> nn.Module:
     """Return the Gaussian layer for a Bernoulli one, in the same mode."""
     new: nn.Module
@@ -249,11 +251,11 @@ def _gaussian(layer: nn.Module) -> nn.Module:
         new = ScaledDotProductAttention(layer.dropout_p, "gaussian")
     elif isinstance(layer, GaussianDropout):
         new = layer
-    elif is_one_of(layer, DROP_PATHS):
-        new = GaussianDropout(_rate(layer), str(getattr(layer, "mode", "row")))
+    elif is_drop_path(layer):
+        new = GaussianDropout(rate(layer), str(getattr(layer, "mode", "row")))
     else:
         units = "channel" if isinstance(layer, _CHANNEL_DROPOUTS) else "element"
-        new = GaussianDropout(_rate(layer), units)
+        new = GaussianDropout(rate(layer), units)
     return new.train(layer.training)
 
 
