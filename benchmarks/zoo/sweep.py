@@ -1,0 +1,132 @@
+"""The rows of all models: each in a process of its own, one at a time, kept for the next time."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.zoo.catalogue import Entry
+from benchmarks.zoo.checks import Row, check
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# What a row depends on: the library and what asks the questions, not the page that shows them.
+SOURCES = (
+    *sorted((ROOT / "dropsurgery").rglob("*.py")),
+    *(HERE / name for name in ("catalogue.py", "checks.py", "oracle.py")),
+)
+PACKAGES = ("torch", "torchvision", "timm", "dropsurgery")
+
+
+def versions() -> dict[str, str]:
+    """Return what the results were made with."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def fingerprint(structure_only: bool) -> str:
+    """Return a digest of everything that a row depends on."""
+    digest = hashlib.sha256(json.dumps([versions(), structure_only]).encode())
+    for path in SOURCES:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(
+    models: Iterable[Entry],
+    cache: Path,
+    *,
+    structure_only: bool = False,
+    timeout: float = 300.0,
+    fresh: bool = False,
+) -> list[Row]:
+    """Check all models and return their rows; rows that `cache` holds are not made again.
+
+    Args:
+        models: what to check.
+        cache: folder of the rows; a row of other sources or versions is made anew.
+        structure_only: leave out what runs a network.
+        timeout: seconds after which a model is given up; the row says so.
+        fresh: make all rows anew.
+    """
+    mark = fingerprint(structure_only)
+    cache.mkdir(parents=True, exist_ok=True)
+    # The server imports torch, torchvision and timm once; every model is a fork of it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.zoo.checks", "benchmarks.zoo.preload"])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn())  # fmt: skip
+    rows = []
+    models = list(models)
+    with Progress(*columns) as progress:
+        task = progress.add_task("zoo", total=len(models))
+        for entry in models:
+            progress.update(task, description=f"{entry.label:44}")
+            path = cache / f"{entry.source}-{entry.name}.json"
+            row = None if fresh else _cached(path, mark)
+            if row is None:
+                row = _isolated(context, entry, structure_only, timeout)
+                row["fingerprint"] = mark
+                path.write_text(json.dumps(row))
+            rows.append(row)
+            progress.advance(task)
+    return rows
+
+
+def matching(models: Iterable[Entry], pattern: str | None) -> list[Entry]:
+    """Return the models whose label, name or family matches a pattern (a part of it will do)."""
+    return [
+        entry
+        for entry in models
+        if pattern is None
+        or any(
+            fnmatch.fnmatchcase(text, pattern) or text == pattern
+            for text in (entry.label, entry.name, entry.family)
+        )
+    ]
+
+
+def _cached(path: Path, mark: str) -> Row | None:
+    if not path.is_file():
+        return None
+    row: Row = json.loads(path.read_text())
+    return row if row.get("fingerprint") == mark else None
+
+
+def _isolated(
+    context: multiprocessing.context.ForkServerContext,
+    entry: Entry,
+    structure_only: bool,
+    timeout: float,
+) -> Row:
+    """Check one model in a process of its own."""
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(writer, entry, structure_only))
+    process.start()
+    writer.close()
+    failed: Row = {"source": entry.source, "family": entry.family, "name": entry.name}
+    try:
+        if not reader.poll(timeout):
+            return {**failed, "status": "timeout", "error": f"not done after {timeout:.0f} s"}
+        row: Row = reader.recv()
+        return row
+    except EOFError:
+        process.join()
+        return {**failed, "status": "crash", "error": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+        reader.close()
+
+
+def _child(writer: Connection, entry: Entry, structure_only: bool) -> None:
+    writer.send(check(entry, structure_only))
+    writer.close()
