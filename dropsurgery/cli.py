@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -16,32 +17,37 @@ import typer
 from rich.markup import escape
 
 import dropsurgery as ds
+from dropsurgery import inspection, skeleton
 from dropsurgery.cli_options import (
+    Depths,
     Directory,
+    Every,
     Final,
+    Include,
     Inputs,
     Json,
     Model,
     ModelArgs,
     RuleName,
     Surgery,
-    Unit,
+    UnitName,
     Weights,
+    Wheres,
     example_inputs,
+    insertion,
     keyword_arguments,
     read_inputs,
 )
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
-from dropsurgery.report import Census, census, json_text, onnx_census
+from dropsurgery.passes.base import Result
+from dropsurgery.report import census, json_text, onnx_census, skips_text, write_whole
 from dropsurgery.tables import render
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DONE, DIFFERENT, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-ROOT = "(root)"
-SITE = ("block", "module", "add", "kind")
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -81,38 +87,35 @@ def inspect(
     surgery: Surgery = None,
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
-    unit: Unit = "block",
+    depths: Depths = None,
+    unit: UnitName = "block",
+    where: Wheres = None,
+    include: Include = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the residual skeleton.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as a PNG.")] = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> int:
-    """List the residual sites of a network, the adds that are none, and its drops.
+    """List the residual sites of a network with their rates, and what is none and why.
 
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
+    chosen = insertion(rule, final_survival, depths, unit, where, include)
+    pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
     with _working(f"inspecting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        found = ds.find_residuals(loaded.module)
-        counts = census(ds.trace(loaded.module))
-    survival = ds.survival.by_name(rule, final_survival)
-    sites: list[tuple[object, ...]] = []
-    for index, site in enumerate(found.sites, 1):
-        depth = (site.block, found.blocks) if unit == "block" else (index, len(found.sites))
-        native = site.native or ""
-        row = (site.block, site.module or ROOT, site.add, site.kind, survival(*depth), native)
-        sites.append(row)
-    skipped = [(skip.module or ROOT, skip.node, skip.reason) for skip in found.skipped]
-    columns: tuple[str, ...] = (*SITE, "survival", "native drop")
-    reasons = ("module", "add", "reason")
+        found = inspection.inspect(model, loaded.module, chosen)
+        drawn = {kind: skeleton.picture(found, kind) for kind in pictures}
+        for kind, path in pictures.items():
+            write_whole(path, drawn[kind])
     if as_json:
-        document = {"model": model, "blocks": found.blocks, "sites": _records(columns, sites)}
-        document |= {"skipped": _records(reasons, skipped), **vars(counts)}
-        return _print_json(document)
-    if not any(site.native for site in found.sites):
-        columns, sites = columns[:-1], [row[:-1] for row in sites]
-    title = f"{model}: {len(sites)} residual sites in {found.blocks} blocks"
-    _print(_table(columns, sites, title))
-    if skipped:
-        _print("\n" + _table(reasons, skipped, f"{len(skipped)} adds that are no residual site"))
-    _print(f"\n{_counts(counts)}")
+        paths = {kind: str(path) for kind, path in pictures.items()}
+        return _print_json({**found.to_json(), "pictures": paths})
+    _print(found.text(_width(), every=every))
+    for path in pictures.values():
+        _print(f"drawn in {path}")
     return DONE
 
 
@@ -125,14 +128,14 @@ def retrofit(
     surgery: Surgery = None,
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
+    depths: Depths = None,
     mode: Annotated[
         Literal["row", "batch"], typer.Option(help="One draw for each sample, or for each batch.")
     ] = "row",
-    unit: Unit = "block",
-    where: Annotated[
-        str | None,
-        typer.Option(metavar="PATTERN", help="Only sites whose module path matches: 'layer4.*'."),
-    ] = None,
+    unit: UnitName = "block",
+    where: Wheres = None,
+    include: Include = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> int:
     """Put stochastic depth into a network and save the surgery as data.
@@ -141,13 +144,12 @@ def retrofit(
 
     Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
     """
-    survival = ds.survival.by_name(rule, final_survival)
+    chosen = insertion(rule, final_survival, depths, unit, where, include, mode)
     with _working(f"retrofitting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        inserted = ds.InsertDropPath(survival, mode=mode, unit=unit, where=where)
-        result = ds.apply(loaded.module, inserted)
+        result = ds.apply(loaded.module, chosen)
         ds.save(result.module, output)
-    return _tell(result, output, model, as_json)
+    return _tell(result, output, model, every, as_json)
 
 
 @app.command()
@@ -160,6 +162,7 @@ def slim(
     weights: Weights = None,
     model_arg: ModelArgs = None,
     surgery: Surgery = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> int:
     """Take drops out and fold BatchNorm, and tell what was done and what was not.
@@ -173,7 +176,7 @@ def slim(
         )
         if output is not None:
             ds.save(result.module, output)
-    return _tell(result, output, model, as_json)
+    return _tell(result, output, model, every, as_json)
 
 
 @app.command()
@@ -222,9 +225,9 @@ def export(
         told = verdict.to_json() if verdict is not None else None
         document = {"model": model, "file": str(output), "bytes": size, "verdict": told}
         return _print_json({**document, **vars(counts)}, _code(verdict))
-    _print(f"{output}: {size / 1e6:.1f} MB, {_counts(counts)}")
+    _print(f"{output}: {size / 1e6:.1f} MB, {counts}")
     if verdict is not None:
-        _print(f"\n{verdict}")
+        _print(f"\n{verdict.table(_width())}")
     return _code(verdict)
 
 
@@ -262,7 +265,7 @@ def verify(
         )
     if as_json:
         return _print_json(verdict.to_json(), _code(verdict))
-    _print(str(verdict))
+    _print(verdict.table(_width()))
     return _code(verdict)
 
 
@@ -311,21 +314,27 @@ def _code(verdict: Any) -> int:
 # --- printing ------------------------------------------------------------------------------------
 
 
-def _tell(result: Any, output: Path | None, model: str, as_json: bool) -> int:
-    changes = [(c.by, c.module or ROOT, c.node, c.what) for c in result.changes]
-    skipped = [(s.by, s.module or ROOT, s.node, s.reason) for s in result.skipped]
-    done, left = ("pass", "module", "node", "what"), ("pass", "module", "node", "reason")
+def _tell(result: Result, output: Path | None, model: str, every: bool, as_json: bool) -> int:
     counts = census(result.module)
     if as_json:
         directory = None if output is None else str(output)
-        document = {"changes": _records(done, changes), "skipped": _records(left, skipped)}
+        changes = [(c.by, c.module, c.node, c.what) for c in result.changes]
+        skipped = [(s.by, s.module, s.node, s.reason) for s in result.skipped]
+        document = {
+            "changes": _records(("pass", "module", "node", "what"), changes),
+            "skipped": _records(("pass", "module", "node", "reason"), skipped),
+        }
         return _print_json({"model": model, "directory": directory, **document, **vars(counts)})
     # What was done names its module; the table of what was not needs the place as well.
-    told = [(by, what) for by, _, _, what in changes]
-    _print(_table(("pass", "what"), told, f"{model}: {len(changes)} changes"))
-    if skipped:
-        _print("\n" + _table(left, skipped, f"{len(skipped)} left alone"))
-    _print(f"\n{_counts(counts)}")
+    passes = {change.by for change in result.changes}
+    alone = len(passes) == 1
+    title = f"{model}: {len(result.changes)} changes" + (f" by {min(passes)}" if alone else "")
+    told = [(change.by, change.what)[alone:] for change in result.changes]
+    _print(render(("pass", "what")[alone:], told, title=title, width=_width()))
+    if result.skipped:
+        title = f"{len(result.skipped)} left alone"
+        _print("\n" + skips_text(result.skipped, _width(), title=title, every=every))
+    _print(f"\n{counts}")
     if output is not None:
         _print(f"saved in {output}; in Python: net = dropsurgery.load({str(output)!r}, model)")
     return DONE
@@ -335,20 +344,9 @@ def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def _counts(counts: Census) -> str:
-    return (
-        f"{counts.nodes} nodes, {counts.batch_norms} BatchNorms, {counts.dropouts} dropouts, "
-        f"{counts.drop_paths} drop paths"
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str) -> str:
-    return render(columns, rows, title=title, width=_width())
-
-
 def _width() -> int:
-    """The terminal's columns; wide where the output is a file or a pipe."""
-    return os.get_terminal_size().columns if sys.stdout.isatty() else 160
+    """The terminal's columns, or COLUMNS; wide where the output is a file or a pipe."""
+    return max(shutil.get_terminal_size((160, 24)).columns, 40)
 
 
 def _print(text: str) -> None:

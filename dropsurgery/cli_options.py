@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
+from dropsurgery import survival
 from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.drop_path import Mode
 from dropsurgery.models import LoadedModel
+from dropsurgery.passes.drop_path import InsertDropPath, Unit
 
 Model = Annotated[
     str,
@@ -42,16 +45,39 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]
 RuleName = Annotated[
-    Literal["linear", "linspace", "efficientnet", "constant"],
+    Literal["linear", "linspace", "efficientnet", "constant", "per_stage"],
     typer.Option(help="How survival falls from the first block to the last."),
+]
+Depths = Annotated[
+    str | None,
+    typer.Option(metavar="3,4,6,3", help="Blocks in each stage, for --rule per_stage."),
 ]
 Final = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Survival probability of the last block.")
 ]
-Unit = Annotated[
-    Literal["block", "add"],
-    typer.Option(help="Count blocks, whose adds share a probability, or every add."),
+UnitName = Annotated[
+    Literal["block", "add", "position"],
+    typer.Option(
+        help="What the rule counts: residual blocks, whose adds share a probability; every add; "
+        "or every block of the network, with residual or not."
+    ),
 ]
+Wheres = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="PATTERN",
+        help="Only sites whose module path matches: 'layer4.*'. Repeatable.",
+    ),
+]
+Include = Annotated[
+    str | None,
+    typer.Option(
+        metavar="linear,nested",
+        help="Count these as sites too: adds of a linear branch, long skips around blocks.",
+    ),
+]
+Every = Annotated[bool, typer.Option("--all", help="List each thing left alone, not by reason.")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,6 +104,39 @@ def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[key] = {"true": True, "false": False, "none": None}.get(value, value)
     return options
+
+
+def insertion(
+    rule: str,
+    final: float,
+    depths: str | None,
+    unit: Unit,
+    wheres: list[str] | None,
+    include: str | None,
+    mode: Mode = "row",
+) -> InsertDropPath:
+    """Build the pass that the options describe."""
+    return InsertDropPath(
+        _survival(rule, final, depths),
+        mode=mode,
+        unit=unit,
+        where=wheres[0] if wheres and len(wheres) == 1 else tuple(wheres or ()) or None,
+        include=tuple(name.strip() for name in include.split(",")) if include else (),
+    )
+
+
+def _survival(rule: str, final: float, depths: str | None) -> survival.Rule:
+    if rule != "per_stage":
+        if depths is not None:
+            raise ArgumentError("--depths says nothing without stages", fix="--rule per_stage")
+        return survival.by_name(rule, final)
+    if depths is None:
+        raise ArgumentError(
+            "--rule per_stage needs the number of blocks in each stage", fix="--depths 3,4,6,3"
+        )
+    if not re.fullmatch(r"\d+(,\d+)*", depths):
+        raise ArgumentError(f"'{depths}' are not depths", fix="--depths 3,4,6,3")
+    return survival.per_stage(final, tuple(map(int, depths.split(","))))
 
 
 def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch.Tensor, ...]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.graph.leaves import DROP_PATHS, FROZEN_BATCHNORMS, is_one_of
+from dropsurgery.graph.module import Skip
 from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
 from dropsurgery.tables import render
 
@@ -111,6 +113,12 @@ class Census:
     dropouts: int
     drop_paths: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.nodes} nodes, {self.batch_norms} BatchNorms, {self.dropouts} dropouts, "
+            f"{self.drop_paths} drop paths"
+        )
+
 
 def census(module: fx.GraphModule) -> Census:
     """Count what the graph of a traced network (its eval graph) calls."""
@@ -142,6 +150,41 @@ def onnx_census(path: Path) -> Census:
 
     kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
     return Census(len(kinds), kinds.count("BatchNormalization"), kinds.count("Dropout"), 0)
+
+
+# More skips than this are told by reason.
+_FEW = 10
+
+
+def skips_text(skips: Sequence[Skip], width: int, *, title: str, every: bool = False) -> str:
+    """Return skips as a table or, where there are many, as a count and examples of each reason.
+
+    Args:
+        skips: what was left alone.
+        width: the most columns of text.
+        title: the line above.
+        every: list each of them, however many there are.
+    """
+    if every or len(skips) <= _FEW:
+        start = 0 if any(skip.by for skip in skips) else 1  # an analysis is no pass
+        rows = [(s.by, s.module or "(root)", s.node, s.reason)[start:] for s in skips]
+        columns = ("pass", "module", "node", "reason")[start:]
+        return render(columns, rows, title=title, width=width)
+    kinds: dict[tuple[str, str], list[Skip]] = {}
+    for skip in skips:
+        # The names in a reason are its own; what stands around them is the kind of reason.
+        kinds.setdefault((skip.by, re.sub(r"'[^']*'", "'…'", skip.reason)), []).append(skip)
+    lines = [title]
+    for (by, reason), group in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        told = reason if len({skip.reason for skip in group}) > 1 else group[0].reason
+        lines += _indented(f"{len(group):5}  {f'{by}: ' if by else ''}{told}", width)
+        examples = "; ".join(f"{s.module or '(root)'} {s.node}" for s in group[:3])
+        lines += _indented(f"{'':7}{examples}{'; …' if len(group) > 3 else ''}", width)
+    return "\n".join([*lines, *_indented("--all lists each", width)])
+
+
+def _indented(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def environment(
@@ -184,15 +227,15 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text file so that it is never seen half written.
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file, text as UTF-8, so that it is never seen half written.
 
     Raises:
         DropsurgeryError: the file cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
         part.replace(path)
     except OSError as error:
         raise DropsurgeryError(f"{path} cannot be written: {error.strerror}") from error

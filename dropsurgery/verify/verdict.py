@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,12 @@ from dropsurgery.tables import render
 from dropsurgery.verify.gate import Gate, Ratio
 
 KINDS = ("rmse", "max", "typical", "mean")
+
+_UNBOUNDED = 10_000
+_LEGEND = (
+    "own error: of the reference against its float64 run, relative to the output; "
+    "error: of the candidate; then ratio/limit"
+)
 
 
 @dataclass(frozen=True)
@@ -71,33 +78,60 @@ class Verdict:
         return self.ok
 
     def __str__(self) -> str:
-        table = render(
-            ("output", "dtype", "shape", "own error", "error", *KINDS, "verdict"),
-            [_row(output) for output in self.outputs],
-            title=f"{self.candidate} against {self.reference} on {self.provider}",
-            caption="own error: of the reference against its float64 run, relative to the output; "
-            "error: of the candidate; then ratio/limit",
-        )
-        lines = [table, f"inputs: {'; '.join(self.inputs)}"]
+        return "\n".join(self._lines(120))
+
+    def table(self, width: int) -> str:
+        """Return the verdict as text of at most `width` columns.
+
+        Where the table of outputs is wider than that, the ratios get a table of their own.
+        """
+        return "\n".join(_wrapped(line, width) for line in self._lines(width))
+
+    def _lines(self, width: int) -> list[str]:
+        lines = [f"{self.candidate} against {self.reference} on {self.provider}"]
+        lines += self._outputs(width).splitlines()
+        lines += [_LEGEND, f"inputs: {'; '.join(self.inputs)}"]
         lines += [f"problem: {problem}" for problem in self.problems]
         lines += [f"{o.name}: {o.reason}" for o in self.outputs if o.reason]
         lines += [f"note: {note}" for note in self.notes]
-        lines.append("EQUIVALENT" if self.ok else "NOT EQUIVALENT")
-        return "\n".join(lines)
+        return [*lines, "EQUIVALENT" if self.ok else "NOT EQUIVALENT"]
+
+    def _outputs(self, width: int) -> str:
+        facts, rows = ("output", "dtype", "shape", "own error", "error"), []
+        for output in self.outputs:
+            rows.append((*_facts(output), *_ratios(output), _word(output)))
+        body = render((*facts, *KINDS, "verdict"), rows, width=_UNBOUNDED)
+        if max(map(len, body.splitlines()), default=0) <= width:
+            return body
+        first = [(*_facts(output), _word(output)) for output in self.outputs]
+        second = [(output.name, *_ratios(output)) for output in self.outputs]
+        tables = (((*facts, "verdict"), first), (("output", *KINDS), second))
+        return "\n\n".join(render(columns, cells, width=width) for columns, cells in tables)
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain data for `json.dumps`."""
         return dataclasses.asdict(self)
 
 
-def _row(output: OutputVerdict) -> tuple[str, ...]:
+def _wrapped(text: str, width: int) -> str:
+    # A line that fits, as those of the tables do, keeps its spaces.
+    return textwrap.fill(text, width, subsequent_indent="  ") if len(text) > width else text
+
+
+def _facts(output: OutputVerdict) -> tuple[str, ...]:
     errors = (output.reference_error, output.candidate_error)
-    ratios = {ratio.kind: f"{ratio.value:.3g}/{ratio.limit:.2g}" for ratio in output.ratios}
     return (
         output.name,
         output.dtype,
         "x".join(map(str, output.shape)) or "scalar",
         *("-" if error is None else f"{error:.3g}" for error in errors),
-        *(ratios.get(kind, "-") for kind in KINDS),
-        "ok" if output.ok else "differs",
     )
+
+
+def _ratios(output: OutputVerdict) -> tuple[str, ...]:
+    ratios = {ratio.kind: f"{ratio.value:.3g}/{ratio.limit:.2g}" for ratio in output.ratios}
+    return tuple(ratios.get(kind, "-") for kind in KINDS)
+
+
+def _word(output: OutputVerdict) -> str:
+    return "ok" if output.ok else "differs"
