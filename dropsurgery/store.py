@@ -61,13 +61,15 @@ def save(module: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "versions": {"torch": torch.__version__},
     }
     text = json.dumps(document, indent=2, allow_nan=False)
-    target = Path(directory)
+    target = _path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             save_file(tensors, Path(staging) / WEIGHTS, metadata={"format": "pt"})
             (Path(staging) / SURGERY).write_text(text + "\n", encoding="utf-8")
             for name in (WEIGHTS, SURGERY):
+                # safetensors makes its file readable by its owner alone.
+                os.chmod(Path(staging) / name, (Path(staging) / SURGERY).stat().st_mode)
                 os.replace(Path(staging) / name, target / name)
     except OSError as error:
         raise ModelLoadError(
@@ -98,7 +100,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    source = Path(directory)
+    source = _path(directory)
     document = _read(source / SURGERY)
     passes = _passes(document, source / SURGERY)
     try:
@@ -122,6 +124,13 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     _fill(module, tensors, document, source)
     _set_state(module, document, source)
     return module
+
+
+def _path(directory: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(directory)
+    except TypeError as error:
+        raise ArgumentTypeError(f"expected the path of a directory, got {directory!r}") from error
 
 
 def _set_state(module: fx.GraphModule, document: dict[str, Any], source: Path) -> None:

@@ -192,6 +192,54 @@ def test_units(unit: str) -> None:
     assert rates == (block if unit == "block" else add)
 
 
+def rates(net: nn.Module) -> list[float]:
+    return [m.drop_prob for m in net.modules() if isinstance(m, ds.DropPath)]
+
+
+def test_positions_count_blocks_without_a_residual() -> None:
+    # MobileNetV2 has 17 blocks in a row, 10 of them residual.
+    rule = ds.survival.constant(1.0)
+    seen: list[tuple[int, int]] = []
+
+    def record(l: int, L: int) -> float:
+        seen.append((l, L))
+        return rule(l, L)
+
+    model = torchvision.models.mobilenet_v2()
+    ds.apply(model, ds.InsertDropPath(record, unit="position"))
+    assert {L for _, L in seen} == {17}
+    linear = ds.apply(model, ds.InsertDropPath(ds.survival.linear(0.0), unit="position")).module
+    expected = [3, 5, 6, 8, 9, 10, 12, 13, 15, 16]
+    assert [round(p * 17) for p in rates(linear)] == expected
+
+
+def test_the_adds_of_a_numbered_block_share_its_depth() -> None:
+    class Part(Block):
+        pass
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.local, self.mix = Part(), Part()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.local(x))
+
+    net = nn.Sequential(Layer(), Layer())
+    assert rates(ds.retrofit(net, 0.5)) == [0.25, 0.25, 0.5, 0.5]
+    assert rates(ds.retrofit(net, 0.5, unit="add")) == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_count_over_the_chosen() -> None:
+    rule = ds.survival.linear(0.5)
+    chosen = ds.InsertDropPath(rule, where="layer4.*", count="chosen")
+    assert rates(ds.apply(torchvision.models.resnet18(), chosen).module) == [0.25, 0.5]
+    with pytest.raises(ArgumentError, match="unknown count 'some'"):
+        ds.InsertDropPath(rule, count="some")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match="where chooses sites by a pattern"):
+        ds.InsertDropPath(rule, where=5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("final", [0.8, 0.5, 0.9])
 def test_training_output_is_bit_identical_to_timms_own_resnet50(final: float) -> None:
     torch.manual_seed(0)

@@ -300,6 +300,54 @@ def test_networks_are_deterministic_in_training_afterwards(name: str) -> None:
     assert all(torch.equal(left, right) for left, right in pairs)
 
 
+def test_functional_drops_of_two_graphs_are_layers_that_both_share() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            x = torch.dropout(self.conv(x), 0.3, self.training)
+            x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.2 if self.training else 0.0)
+            return (x, x * 2) if self.training else x
+
+    net = ds.trace(Head())
+    kinds = [type(m).__name__ for _, m in net.named_children()]
+    assert kinds == ["Conv2d", "Dropout", "ScaledDotProductAttention"]
+    result = ds.apply(net, ds.ConvertDropout("gaussian"))
+    assert len(result.changes) == 4
+    assert not result.skipped
+    converted = convert(Head(), "identity").train()
+    assert all(torch.equal(a, b) for a, b in zip(converted(X), converted(X), strict=True))
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_stochastic_depth_as_a_function_is_native(library: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.conv(x))
+            if library == "timm":
+                y = timm.layers.drop_path(y, 0.3, self.training)
+            else:
+                y = torchvision.ops.stochastic_depth(y, 0.3, "batch", self.training)
+            return x + y
+
+    model = Block()
+    net = ds.trace(model)
+    assert [type(m) for _, m in net.named_children()] == [nn.Conv2d, ds.DropPath]
+    torch.manual_seed(4)
+    expected = model.train()(X)
+    torch.manual_seed(4)
+    assert torch.equal(net.train()(X), expected)
+    retrofitted = ds.retrofit(model, 0.5)
+    assert [m.drop_prob for m in retrofitted.modules() if isinstance(m, ds.DropPath)] == [0.5]
+    assert not is_random(convert(model, "identity"))
+
+
 def test_projects_own_copies_of_drop_path_are_recognised() -> None:
     class DropPath(nn.Module):
         def __init__(self, drop_prob: float) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropsurgery as ds
+from dropsurgery.errors import ArgumentError
 
 
 class Net(nn.Module):
@@ -112,6 +113,54 @@ def test_near_misses(name: str) -> None:
     found = ds.find_residuals(Net(body))
     assert not found.sites
     assert any(skip.reason.startswith(reason) for skip in found.skipped), str(found)
+
+
+def test_fused_adds_are_told() -> None:
+    found = ds.find_residuals(Net(lambda n, x: torch.addcmul(x, n.scale, F.relu(n.a(x)))))
+    assert not found.sites
+    assert "adds and multiplies in one call" in found.skipped[0].reason
+
+
+def test_a_class_token_and_pooled_patches_are_one_skip() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.pool = nn.Linear(4, 4), nn.MaxPool1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, rest = torch.tensor_split(x, (1,), 1)
+            pooled = self.pool(rest.transpose(1, 2)).transpose(1, 2)
+            branch = F.gelu(self.linear(x))[:, : pooled.shape[1] + 1]
+            return torch.cat((first, pooled), 1) + branch
+
+    found = ds.find_residuals(Tokens())
+    assert [(s.kind, s.fork) for s in found.sites] == [("projection", "x")]
+
+
+def test_include_finds_linear_and_nested_sites() -> None:
+    def unet(n: Net, x: Tensor) -> Tensor:
+        inner = n.a(x)
+        inner = inner + F.relu(n.b(inner))
+        return x + n.c(inner)
+
+    kinds = [s.kind for s in ds.find_residuals(Net(unet), include=["nested"]).sites]
+    assert kinds == ["identity", "nested"]
+    pooled = ds.find_residuals(Net(lambda n, x: x + n.pool(x)), include="linear").sites
+    assert [(s.kind, s.linear, s.branch) for s in pooled] == [("identity", True, "pool")]
+    # Of a sum of convolutions neither is the skip; a BatchNorm is one.
+    both = Net(lambda n, x: n.a(x) + n.b(x))
+    assert not ds.find_residuals(both, include=["linear"]).sites
+    normed = ds.find_residuals(Net(lambda n, x: n.a(x) + n.norm(x)), include=["linear"]).sites
+    assert [s.branch for s in normed] == ["a"]
+    with pytest.raises(ArgumentError, match="include names 'gates'"):
+        ds.find_residuals(both, include=["gates"])
+
+
+def test_gates_and_terms_inside_attention_are_none() -> None:
+    gate = ds.find_residuals(Net(lambda n, x: x + x * torch.sigmoid(n.a(x))))
+    assert gate.skipped[0].reason == "gate: the branch is 'x' times a function of it"
+    term = ds.find_residuals(Net(lambda n, x: n.a(x) + (n.b(x) @ n.c(x)).softmax(-1) @ n.a(x)))
+    assert term.skipped[0].reason.startswith("inside attention")
 
 
 def test_parallel_branches_are_two_sites_of_one_stream() -> None:

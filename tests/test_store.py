@@ -172,6 +172,7 @@ def test_nothing_is_pickled_and_the_json_is_readable(tmp_path: Path) -> None:
             "unit": "block",
             "where": None,
             "include": [],
+            "count": "all",
         }
     ]
 

@@ -19,6 +19,7 @@ from dropsurgery.errors import ArgumentError, ArgumentTypeError
         (survival.linspace(0.7), [1.0, 0.9, 0.8, 0.7]),
         (survival.efficientnet(0.6), [1.0, 0.9, 0.8, 0.7]),
         (survival.constant(0.3), [0.3] * 4),
+        (survival.per_stage(0.5, (1, 2, 1)), [1.0, 0.75, 0.75, 0.5]),
         (survival.table((1.0, 0.5, 0.25, 0.0)), [1.0, 0.5, 0.25, 0.0]),
     ],
 )
@@ -66,13 +67,23 @@ def test_a_block_outside_1_to_L_is_refused() -> None:
 
 def test_names() -> None:
     assert survival.by_name("linspace", 0.5) == survival.linspace(0.5)
-    for name in ("cosine", "table"):
+    with pytest.raises(ArgumentError, match="have 5 blocks and the network has 4"):
+        survival.per_stage(0.5, (2, 3))(1, 4)
+    with pytest.raises(ArgumentError, match="numbers of blocks in each stage"):
+        survival.per_stage(0.5, ())
+    for name in ("cosine", "table", "per_stage"):
         with pytest.raises(ArgumentError, match=f"unknown survival rule '{name}'"):
             survival.by_name(name, 0.5)
 
 
 @pytest.mark.parametrize(
-    "rule", [survival.linear(0.1), survival.constant(0.2), survival.table((0.5, 0.25))]
+    "rule",
+    [
+        survival.linear(0.1),
+        survival.per_stage(0.5, (1, 2)),
+        survival.constant(0.2),
+        survival.table((0.5, 0.25)),
+    ],
 )
 def test_rules_survive_json(rule: survival.Rule) -> None:
     assert survival.from_json(survival.to_json(rule)) == rule

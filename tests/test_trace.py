@@ -585,11 +585,15 @@ def test_what_is_no_traceable_model_is_refused(
         ds.trace(model)  # type: ignore[arg-type]
 
 
-def test_example_inputs_that_do_not_fit_are_told_with_the_node() -> None:
+def test_example_inputs_that_do_not_fit_are_told_with_the_node(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = torchvision.models.resnet18()
     with pytest.raises(TraceError, match="conv1") as caught:
         ds.trace(model, example_inputs=torch.randn(2, 4, 32, 32))
     assert "(2, 4, 32, 32)" in str(caught.value)
+    assert "While executing" not in str(caught.value)
+    assert not capsys.readouterr().err
     with pytest.raises(TraceError, match="holds 2 inputs, the network takes 1"):
         ds.trace(ds.trace(model), example_inputs=(X, X))
     with pytest.raises(TraceError, match=r"the network takes \['x'\]"):
@@ -621,3 +625,5 @@ def test_leaf_modules_that_do_not_exist_are_refused() -> None:
         ds.trace(nn.Linear(2, 2), leaf_modules=["nowhere"])
     with pytest.raises(ArgumentTypeError, match="classes, paths and modules"):
         ds.trace(nn.Linear(2, 2), leaf_modules=[3])
+    with pytest.raises(ArgumentTypeError, match="a sequence of modules, got 3"):
+        ds.trace(nn.Linear(2, 2), leaf_modules=3)  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dropsurgery.graph.leaves import DROP_PATH_FUNCTIONS
+from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.layers.functions import FollowTraining
 
 # Functional dropouts and the module that does the same. torch.* are builtins without a signature.
@@ -56,6 +58,12 @@ def follow(
             (arguments["input"],),
             {},
         )
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+    rate = arguments.get("drop_prob", arguments.get("p", 0.0))
+    scaled = arguments.get("scale_by_keep", True) is True
+    if name in DROP_PATH_FUNCTIONS and isinstance(rate, int | float) and scaled:
+        mode = arguments.get("mode", "row")
+        return DropPath(float(rate), mode), (next(iter(arguments.values())),), {}
     first, *rest = arguments
     return (
         FollowTraining(target, flag),

@@ -21,8 +21,10 @@ from dropsurgery.graph.ops import Kind, Role, kind_of, roles
 from dropsurgery.layers.attention import ScaledDotProductAttention
 
 _PASSED_BY_SKIP = frozenset(
-    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.POOL, Kind.NORM, Kind.SUB}
+    {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.POOL, Kind.NORM, Kind.SUB,
+     Kind.SPLIT}
 )  # fmt: skip
+_VIEWS = frozenset({Kind.ALIAS, Kind.SLICE, Kind.SPLIT})
 _SAME_VALUES = frozenset({Kind.ALIAS, Kind.DROP})
 _AFFINE = frozenset(
     {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.ADD, Kind.SUB, Kind.CONCAT,
@@ -75,8 +77,14 @@ class Flow:
         return self._kinds[node]
 
     def data(self, node: fx.Node) -> list[fx.Node]:
-        """Return the inputs of a node through which data flows."""
-        return [value for value in node.all_input_nodes if self.roles[value] is Role.DATA]
+        """Return the inputs of a node through which data flows.
+
+        Of a view that is the tensor: sizes beside it are none, wherever they come from.
+        """
+        inputs = node.all_input_nodes
+        if self.kind(node) in _VIEWS:
+            inputs = inputs[:1]
+        return [value for value in inputs if self.roles[value] is Role.DATA]
 
     def fork(self, skip: fx.Node, branch: fx.Node) -> Fork | None:
         """Return the nearest fork that makes `skip` the skip and `branch` the branch."""
@@ -97,15 +105,23 @@ class Flow:
         """
         heap = [-self.index[skip]]
         seen = {skip}
+        missing: dict[fx.Node, set[fx.Node]] = {}
         identity = light = True
         while heap:
             node = self.nodes[-heapq.heappop(heap)]
-            if not heap:
+            if not heap and not missing:
                 yield node, identity, light
             same = self.kind(node) in _SAME_VALUES or node in self.streams
             identity = identity and same
             light = light and (same or self._is_batchnorm(node))
             for value in self._before(node):
+                if self._is_part(node, value):
+                    # A part of a tuple is no skip of the whole; all parts together are.
+                    left = missing.setdefault(value, set(value.users))
+                    left.discard(node)
+                    if left:
+                        continue
+                    del missing[value]
                 if value not in seen:
                     seen.add(value)
                     heapq.heappush(heap, -self.index[value])
@@ -120,9 +136,12 @@ class Flow:
         if len(before) != 1:
             return []
         if kind is Kind.ITEM and self._is_tuple(before[0]):
-            return []
+            return before if self.kind(before[0]) is Kind.SPLIT else []
         scaled = kind is Kind.PRODUCT and self.elementwise(node)
         return before if kind in _PASSED_BY_SKIP or kind is Kind.ADD or scaled else []
+
+    def _is_part(self, node: fx.Node, whole: fx.Node) -> bool:
+        return self.kind(node) is Kind.ITEM and self.kind(whole) is Kind.SPLIT
 
     def _is_batchnorm(self, node: fx.Node) -> bool:
         called = called_module(self.module, node)

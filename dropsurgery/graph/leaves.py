@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -85,7 +86,11 @@ class Leaves:
         self.paths: set[str] = set()
         paths = {id(module): path for path, module in model.named_modules()}
         known = set(dict(model.named_modules(remove_duplicate=False)))
-        for item in (extra,) if isinstance(extra, str | type | nn.Module) else extra:
+        if isinstance(extra, str | type | nn.Module):
+            extra = (extra,)
+        if not isinstance(extra, Iterable):
+            raise ArgumentTypeError(f"leaf_modules is a sequence of modules, got {extra!r}")
+        for item in extra:
             if isinstance(item, type) and issubclass(item, nn.Module):
                 self.paths |= {p for p, m in model.named_modules() if isinstance(m, item) and p}
             elif isinstance(item, nn.Module) and id(item) in paths:
@@ -128,10 +133,27 @@ def _timm_notrace_modules() -> Iterable[type]:
     return [cls for cls in found if _TRACED_ALL_THE_SAME.isdisjoint(qualified_names(cls))]
 
 
+# Stochastic depth as functions of (input, p, …, training), and where projects find them.
+DROP_PATH_FUNCTIONS = frozenset(
+    {"timm.layers.drop.drop_path", "torchvision.ops.stochastic_depth.stochastic_depth"}
+)
+_HOMES = ("timm.layers", "timm.layers.drop", "torchvision.ops", "torchvision.ops.stochastic_depth")
+
+
 def whole_functions() -> tuple[Callable[..., Any], ...]:
-    """Return the Python functions that must not be traced through: timm's registered ones."""
+    """Return the Python functions that must not be traced through.
+
+    These are timm's registered ones, and stochastic depth.
+    """
     timm_layers = sys.modules.get("timm.layers")
-    if timm_layers is None:
-        return ()
-    functions = timm_layers.get_notrace_functions()
+    functions = list(timm_layers.get_notrace_functions()) if timm_layers is not None else []
+    for name in DROP_PATH_FUNCTIONS:
+        home, _, attribute = name.rpartition(".")
+        if home in sys.modules:
+            functions.append(getattr(sys.modules[home], attribute))
     return tuple(function for function in functions if callable(function))
+
+
+def function_homes() -> list[types.ModuleType]:
+    """Return the Python modules as whose attributes such functions are called."""
+    return [sys.modules[name] for name in _HOMES if name in sys.modules]

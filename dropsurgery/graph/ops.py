@@ -113,6 +113,12 @@ _FUNCTIONS: dict[Callable[..., Any], Kind] = {
     ),
 }  # fmt: skip
 
+# Functions of other libraries that stay calls, by qualified name.
+_NAMED_FUNCTIONS: dict[str, Kind] = {
+    "torchvision.models.video.mvit._squeeze": Kind.ALIAS,
+    "torchvision.models.video.mvit._unsqueeze": Kind.ALIAS,
+}
+
 _METHODS: dict[str, Kind] = {
     **dict.fromkeys(("add", "add_"), Kind.ADD),
     **dict.fromkeys(("sub", "sub_"), Kind.SUB),
@@ -164,7 +170,8 @@ def kind_of(module: fx.GraphModule, node: fx.Node) -> Kind:
     if node.op == "call_function":
         if node.target is builtins.getattr:
             return Kind.ALIAS if node.args[1] in _TENSOR_ATTRIBUTES else Kind.SHAPE
-        return _FUNCTIONS.get(node.target, Kind.NONLINEAR)  # type: ignore[arg-type]
+        name = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
+        return _FUNCTIONS.get(node.target, _NAMED_FUNCTIONS.get(name, Kind.NONLINEAR))  # type: ignore[arg-type]
     return Kind.CREATE if node.op == "get_attr" else Kind.NONLINEAR
 
 
@@ -180,6 +187,13 @@ def writes_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and (in_place or node.kwargs.get("inplace") is True)
 
 
+def is_fused_add(node: fx.Node) -> bool:
+    """Say whether a node adds operands that it also multiplies: addcmul, lerp and their kin."""
+    name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
+    return node.op in ("call_function", "call_method") and name in _FUSED_ADDS
+
+
+_FUSED_ADDS = frozenset({"addcmul", "addcdiv", "lerp", "addmm", "addbmm", "baddbmm", "addmv"})
 _IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv"})
 
 

@@ -33,7 +33,7 @@ from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.forks import Flow, Fork
 from dropsurgery.graph.leaves import has_hooks
 from dropsurgery.graph.module import Skip, called_module, graphs, module_path, owner_call
-from dropsurgery.graph.ops import Kind, Role
+from dropsurgery.graph.ops import Kind, Role, is_fused_add
 from dropsurgery.graph.trace import trace
 from dropsurgery.tables import render
 
@@ -79,13 +79,14 @@ class Residuals:
         sites: the residual adds, in the order in which they run.
         skipped: every other add of tensors, and why it is none; and layers that are kept whole and
             may hide residual adds.
-        positions: for the call of every block, with residual or not, its place among all of them
-            (see `InsertDropPath`, unit "position").
+        positions: for each residual block, its place among all blocks, with residual or not.
+        places: how many blocks there are, with residual or not.
     """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
-    positions: dict[str, int] = field(default_factory=dict, repr=False)
+    positions: dict[int, int] = field(default_factory=dict, repr=False)
+    places: int = 0
 
     @property
     def blocks(self) -> int:
@@ -167,6 +168,8 @@ class _Analysis:
             reason = ""
             if node.op == "call_module":
                 reason = self._hidden(node)
+            elif is_fused_add(node) and len(self.flow.data(node)) > 1:
+                reason = f"'{node.name}' adds and multiplies in one call: nothing fits between"
             elif self.flow.kind(node) is Kind.ADD and self.flow.roles[node] is not Role.SCALAR:
                 fork, reason = self._classify(node)
                 if fork is not None:
@@ -175,7 +178,9 @@ class _Analysis:
                 skipped.append(Skip(module_path(node), node.name, reason))
             elif sites and sites[-1][0] is node and not sites[-1][1].linear:
                 self.blocks.add(node)
-        return Residuals(self._number(sites), tuple(skipped), self._positions(sites))
+        numbered = self._number(sites)
+        positions, places = self._positions(sites, numbered)
+        return Residuals(numbered, tuple(skipped), positions, places)
 
     def _classify(self, add: fx.Node) -> tuple[Fork | None, str]:
         """Return the fork that makes `add` a site, or the reason why none does."""
@@ -193,7 +198,7 @@ class _Analysis:
         forks = [f for f in (flow.fork(left, right), flow.fork(right, left)) if f is not None]
         if not forks:
             return None, "neither operand is a skip: no common fork behind views and projections"
-        best = max(forks, key=lambda f: (not f.linear, flow.index[f.node], f.identity))
+        best = max(forks, key=lambda f: (not f.linear, flow.index[f.node], f.identity, f.light))
         if best.linear:
             flow.streams[add] = best.skip
             if "linear" in self.include and best.light:
@@ -228,14 +233,15 @@ class _Analysis:
     def _number(self, sites: list[tuple[fx.Node, Fork, bool]]) -> tuple[Site, ...]:
         """Give each site the depth index of its block.
 
-        A block is one call of the module whose forward holds the add. Adds written in the root's
-        own forward are blocks of their own: there is no smaller module to group them by.
+        A block is one call of the nearest numbered module around the add ("stages.0.2" for adds in
+        stages.0.2.attn and stages.0.2.mlp), or of the module whose forward holds it where none is
+        numbered. Adds written in the root's own forward are blocks of their own.
         """
         blocks: dict[object, int] = {}
         numbered = []
         for add, fork, nested in sites:
             path, call = owner_call(add)
-            block = blocks.setdefault(call if path else add, len(blocks) + 1)
+            block = blocks.setdefault(_block_call(add)[1] if path else add, len(blocks) + 1)
             kind: Literal["identity", "projection"] = "identity" if fork.identity else "projection"
             numbered.append(
                 Site(
@@ -253,21 +259,26 @@ class _Analysis:
             )
         return tuple(numbered)
 
-    def _positions(self, sites: list[tuple[fx.Node, Fork, bool]]) -> dict[str, int]:
-        """Number the calls of all blocks, with residual or not, in the order in which they run.
+    def _positions(
+        self, sites: list[tuple[fx.Node, Fork, bool]], numbered: tuple[Site, ...]
+    ) -> tuple[dict[int, int], int]:
+        """Return each residual block's place among all blocks, in the order they run, and how many.
 
         The blocks of a network stand in rows: paths that differ in numbers alone, such as
         features.1.0 and features.2.3. Every module that stands in a row with a residual block, and
-        is no layer of torch's, counts.
+        is neither a layer of torch's nor a mere sequence, counts.
         """
-        rows = {_row(owner_call(add)[0]) for add, _, _ in sites}
+        rows = {_row(_block_call(add)[0]) for add, _, _ in sites}
         calls: dict[str, int] = {}
         for node in self.flow.nodes:
             for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-                home = getattr(kind, "__module__", "")
-                if path and _row(path) in rows and not home.startswith("torch.nn."):
+                if path and _row(path) in rows and not _is_no_block(kind):
                     calls.setdefault(key, len(calls) + 1)
-        return calls
+        pairs = zip(sites, numbered, strict=True)
+        keys = {site.block: _block_call(add)[1] for (add, _, _), site in pairs}
+        if not all(key in calls for key in keys.values()):
+            return {block: block for block in keys}, len(keys)
+        return {block: calls[key] for block, key in keys.items()}, len(calls)
 
     def _native(self, branch: fx.Node) -> str | None:
         """Return the drop-path call at the end of a branch, behind gains and views at most."""
@@ -276,6 +287,26 @@ class _Analysis:
             if called is not None and is_drop_path(called):
                 return node.name
         return None
+
+
+def _is_no_block(kind: object) -> bool:
+    """Say whether a class is a layer of torch's, or a mere sequence such as conv, norm and act."""
+    home = getattr(kind, "__module__", "")
+    return home.startswith("torch.nn.") or (
+        isinstance(kind, type) and issubclass(kind, nn.Sequential)
+    )
+
+
+def _block_call(add: fx.Node) -> tuple[str, str]:
+    """Return path and call key of the block that an add belongs to."""
+    owner, call = owner_call(add)
+    names = owner.split(".")
+    while names and not re.fullmatch(r"(.*[_-])?\d+", names[-1]):
+        names.pop()
+    path = ".".join(names)
+    stack = add.meta.get("nn_module_stack") or {}
+    keys = [key for key, (place, _) in stack.items() if place == path]
+    return (path, keys[-1]) if path and keys else (owner, call)
 
 
 def _row(path: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +67,9 @@ def record_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
         view = module if graph is module.graph else fx.GraphModule(module, graph)
-        with torch.no_grad():
-            _Shapes(view, fake_mode=mode).propagate(*fake)
+        shapes = _Shapes(view, fake_mode=mode)
+        # fx would add the node to the message, which names it already, and print the traceback.
+        shapes.extra_traceback = False
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            shapes.propagate(*fake)
         graph.owning_module = module

@@ -6,7 +6,7 @@ import copy
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from dropsurgery.graph.calls import bind, follow
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.leaves import Leaves
 from dropsurgery.graph.modes import asks_by_identity
-from dropsurgery.graph.module import HISTORY, called_module, fresh_path, graphs, place_like
+from dropsurgery.graph.module import (
+    HISTORY,
+    called_module,
+    fresh_path,
+    graphs,
+    owner_call,
+    place_like,
+)
 from dropsurgery.graph.shapes import record_shapes
 from dropsurgery.graph.traced import TracedModule
 from dropsurgery.graph.tracer import Given, ModeTracer
@@ -197,6 +204,7 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModu
     merged = trained is not None and _merge(evaluated, trained, layers, root)
     if trained is not None and not merged:
         layers.update(trained.layers)
+        _share_layers(evaluated.graph, trained.graph, layers, root)
     for path, layer in layers.items():
         prefix, _, name = path.rpartition(".")
         owner = root.get_submodule(prefix)
@@ -317,22 +325,69 @@ def _merge(
         if node.op != other.op or node.target != other.target:
             return False
         twins[other] = node
-        other_args = fx.map_arg((other.args, other.kwargs), lambda n: twins[n])
+        other_args = _mapped((other.args, other.kwargs), twins)
         if not _equal((node.args, node.kwargs), other_args):
             switch = _switch(node, *other_args)
             if switch is None:
                 return False
             switches.append((node, switch))
     for node, (layer, args, kwargs) in switches:
-        stack = node.meta.get("nn_module_stack") or {}
-        prefix = next(reversed(stack.values()))[0] if stack else ""
-        name = getattr(node.target, "__name__", "call")
-        owner = root.get_submodule(prefix)
-        path = fresh_path(prefix, name, partial(_taken, owner, layers))
+        path = _new_path(node, layers, root)
         layers[path] = layer
-        node.op, node.target, node.args, node.kwargs = "call_module", path, args, kwargs
-        node.meta["nn_module_stack"] = {**stack, path: (path, type(layer))}
+        _become_call(node, path, layer, args, kwargs)
     return True
+
+
+def _share_layers(
+    eval_graph: fx.Graph, train_graph: fx.Graph, layers: dict[str, nn.Module], root: nn.Module
+) -> None:
+    """Where two graphs stay two, let calls that differ in their mode alone share a layer.
+
+    Calls are paired by the module call they stand in, their function and their turn there.
+    """
+    pairs = dict(_by_turn(eval_graph))
+    twins = {node: pairs[key] for key, node in _by_turn(train_graph) if key in pairs}
+    for other, node in twins.items():
+        args = _mapped((other.args, other.kwargs), twins)
+        if node.op != "call_function" or _equal((node.args, node.kwargs), args):
+            continue
+        switch = _switch(node, *args)
+        if switch is None:
+            continue
+        layer, eval_args, eval_kwargs = switch
+        back = {ours: theirs for theirs, ours in twins.items()}
+        train_args = _mapped((eval_args, eval_kwargs), back)
+        path = _new_path(node, layers, root)
+        layers[path] = layer
+        _become_call(node, path, layer, eval_args, eval_kwargs)
+        _become_call(other, path, layer, *train_args)
+
+
+def _mapped(arguments: Any, nodes: Mapping[fx.Node, fx.Node]) -> Any:
+    return fx.map_arg(arguments, lambda node: nodes.get(node, node))
+
+
+def _by_turn(graph: fx.Graph) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
+    turns: dict[tuple[Any, ...], int] = {}
+    for node in graph.nodes:
+        key = (owner_call(node), node.op, node.target)
+        turns[key] = turns.get(key, 0) + 1
+        yield (*key, turns[key]), node
+
+
+def _new_path(node: fx.Node, layers: dict[str, nn.Module], root: nn.Module) -> str:
+    prefix, _ = owner_call(node)
+    name = getattr(node.target, "__name__", "call")
+    return fresh_path(prefix, name, partial(_taken, root.get_submodule(prefix), layers))
+
+
+def _become_call(
+    node: fx.Node, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Turn a function call into a call of a layer, in its place."""
+    stack = node.meta.get("nn_module_stack") or {}
+    node.op, node.target, node.args, node.kwargs = "call_module", path, args, kwargs
+    node.meta["nn_module_stack"] = {**stack, path: (path, type(layer))}
 
 
 def _taken(owner: nn.Module, layers: dict[str, nn.Module], path: str, name: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import Function
 
 from dropsurgery.graph.calls import bind, follow
-from dropsurgery.graph.leaves import Leaves, whole_functions
+from dropsurgery.graph.leaves import Leaves, function_homes, whole_functions
 from dropsurgery.graph.modes import ModeFlag, reads_training
 from dropsurgery.graph.module import fresh_path
 from dropsurgery.layers.functions import Apply
@@ -124,6 +124,7 @@ class ModeTracer(fx.Tracer):
         proxy_buffers: bool,
     ) -> None:
         super().__init__(autowrap_functions=whole_functions())
+        self._autowrap_search += function_homes()
         self.leaves = leaves
         self.training = training
         self.given = given

@@ -58,8 +58,9 @@ class InsertDropPath(Pass):
             "position": every block of the row that a residual block stands in (`features.1.0`,
             `features.2.3`, …), with residual or not, as EfficientNet's authors count.
         where: which sites: a pattern for the module path (`"layer4.*"`, as in `fnmatch`), the name
-            of an add, a tuple of such, or a callable that takes a `Site`. l and L are counted over
-            all sites, chosen or not.
+            of an add, a tuple of such, or a callable that takes a `Site`.
+        count: over which sites l and L count: "all", chosen or not, or "chosen". (Unit "position"
+            counts every block there is.)
         include: what else counts as a site: "linear" (adds whose branch is affine), "nested" (long
             skips around other residual sites); see `find_residuals`.
 
@@ -73,12 +74,15 @@ class InsertDropPath(Pass):
     unit: Unit = "block"
     where: Where = None
     include: tuple[str, ...] = ()
+    count: Literal["all", "chosen"] = "all"
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         if self.unit not in get_args(Unit):
             known = ", ".join(map(repr, get_args(Unit)))
             raise ArgumentError(f"unknown unit {self.unit!r}", fix=f"one of {known}")
+        if self.count not in ("all", "chosen"):
+            raise ArgumentError(f"unknown count {self.count!r}", fix="'all' or 'chosen'")
         object.__setattr__(self, "include", check_include(self.include))
         if not callable(self.survival):
             raise ArgumentTypeError(
@@ -112,9 +116,6 @@ class InsertDropPath(Pass):
         if not residuals.sites:
             reason = "the network has no residual adds, so there is nothing to drop"
             return Plan(skipped=(*residuals.skipped, Skip("", "", reason)))
-        depth, total = self._depths(residuals)
-        values = _table(self.survival, total).values
-        drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         chosen = [site for site in residuals.sites if self._chosen(site)]
         if not chosen:
             known = sorted({site.module or site.add for site in residuals.sites})
@@ -123,6 +124,9 @@ class InsertDropPath(Pass):
                 where=", ".join(known[:8]) + (", …" if len(known) > 8 else ""),
                 fix="a module path or pattern such as 'layer4.*', or a callable that takes a Site",
             )
+        depth, total = self._depths(residuals)
+        values = _table(self.survival, total).values
+        drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         users = nodes_by_target(module)
         by_name = {node.name: node for node in module.graph.nodes}
         taken: set[str] = set()
@@ -195,12 +199,15 @@ class InsertDropPath(Pass):
 
     def _depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
         """Return l of every site, and L."""
-        sites, positions = residuals.sites, residuals.positions
+        sites = residuals.sites
+        if self.count == "chosen":
+            sites = tuple(site for site in sites if self._chosen(site))
         if self.unit == "add":
             return {site: index for index, site in enumerate(sites, start=1)}, len(sites)
-        if self.unit == "position" and all(site.call in positions for site in sites):
-            return {site: positions[site.call] for site in sites}, len(positions)
-        return {site: site.block for site in sites}, residuals.blocks
+        if self.unit == "position":
+            return {site: residuals.positions[site.block] for site in sites}, residuals.places
+        blocks = {block: l for l, block in enumerate(sorted({s.block for s in sites}), start=1)}
+        return {site: blocks[site.block] for site in sites}, len(blocks)
 
     def _chosen(self, site: Site) -> bool:
         if self.where is None:
@@ -241,6 +248,7 @@ class InsertDropPath(Pass):
             "unit": self.unit,
             "where": list(where) if isinstance(where, tuple) else where,
             "include": list(self.include),
+            "count": self.count,
         }
 
     @classmethod
@@ -252,7 +260,8 @@ class InsertDropPath(Pass):
             mode=data["mode"],
             unit=data["unit"],
             where=tuple(where) if isinstance(where, list) else where,
-            include=tuple(data.get("include", ())),
+            include=tuple(data["include"]),
+            count=data["count"],
         )
 
 
