@@ -1,16 +1,18 @@
-# Every target sets its own environment up. `make demo`, `make test`, `make lint`, `make clean`.
+# Every target sets its own environment up. `make demo`, `make test`, `make lint`, `make zoo`,
+# `make clean`.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+ZOO_ARGS ?=
 # More arguments for pip, for example an index with builds of torch without CUDA.
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint zoo lock clean
 
 demo: $(STAMP)
 	$(BIN)/dropsurgery demo $(DEMO_ARGS)
@@ -22,6 +24,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The sweep over the models of timm and torchvision: docs/zoo.md, docs/zoo.json. It goes on where an
+# interrupted one stopped; ZOO_ARGS="--only 'timm:vit*'" or --structure-only for a part of it.
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO_ARGS)
 
 # Writes what is installed down as the new constraints. torch goes without its build (+cpu, +cu130),
 # so that pip takes the one that the machine's own index or --find-links offers.

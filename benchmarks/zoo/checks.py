@@ -28,7 +28,7 @@ from benchmarks.zoo.oracle import (
     where_pattern,
 )
 from dropsurgery.errors import ArgumentError
-from dropsurgery.graph.residual import Residuals, Site
+from dropsurgery.graph.residual import Site
 
 BATCH = 4
 TRIED = 2  # rules whose training output is compared, before the table of native rates
@@ -197,6 +197,8 @@ def _rules(
     """Yield every (rule, unit, rate) that gives all native rates."""
     names = {site.add: key for key, site in sites.items()}
     for unit, name in itertools.product(UNITS, RULES):
+        if (unit, name) == ("position", "per_stage"):
+            continue  # the stages of blocks without a residual are not known
 
         def drops(final: float, unit: str = unit, name: str = name) -> dict[Key, float]:
             depths = _depths(graph, unit, option) if name == "per_stage" else ()
@@ -224,15 +226,10 @@ def make_rule(name: str, final: float, depths: tuple[int, ...] = ()) -> ds.survi
 
 def _depths(graph: fx.GraphModule, unit: str, option: Mapping[str, Any]) -> tuple[int, ...]:
     """Return how many l each stage holds, a stage being the module that holds the blocks."""
-    residuals: Residuals = ds.find_residuals(graph, include=tuple(option.get("include", ())))
-    if unit == "position":
-        calls = list(residuals.positions)
-    elif unit == "block":
-        calls = list(dict.fromkeys(site.call for site in residuals.sites))
-    else:
-        calls = [site.call for site in residuals.sites]
-    stages = [call.rpartition(".")[0] for call in calls]
-    return tuple(len(list(group)) for _, group in itertools.groupby(stages))
+    sites = ds.find_residuals(graph, include=tuple(option.get("include", ()))).sites
+    stages = [(site.block if unit == "block" else n, site) for n, site in enumerate(sites)]
+    counted = {number: site.call.rpartition(".")[0] for number, site in stages}
+    return tuple(len(list(group)) for _, group in itertools.groupby(counted.values()))
 
 
 # --- numerics: networks are run ------------------------------------------------------------------

@@ -75,7 +75,8 @@ def run(
             if row is None:
                 row = _isolated(context, entry, structure_only, timeout)
                 row["fingerprint"] = mark
-                path.write_text(json.dumps(row))
+                if row["status"] in ("ok", "error"):  # what took too long may be tried again
+                    path.write_text(json.dumps(row))
             rows.append(row)
             progress.advance(task)
     return rows
