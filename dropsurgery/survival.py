@@ -65,10 +65,27 @@ class Linear(_Final):
         return l / L
 
 
+@dataclass(frozen=True)
 class Linspace(_Final):
-    """From 1 at the first block to `final` at the last (a single block keeps 1)."""
+    """From 1 at the first block to `final` at the last (a single block keeps 1).
 
-    name = "linspace"
+    Attributes:
+        single: round the drop probabilities to float32, as `torch.linspace` returns them. timm's
+            ViT, Swin, ConvNeXt and others take theirs from it, its ResNets and torchvision's
+            networks do not; the last bit of a training output tells.
+    """
+
+    single: bool = False
+    name: ClassVar[str] = "linspace"
+
+    def __call__(self, l: int, L: int) -> float:
+        """Return the survival probability of block l of L."""
+        survival = super().__call__(l, L)
+        if not self.single:
+            return survival
+        import torch
+
+        return 1.0 - torch.linspace(0.0, 1.0 - self.final, L)[l - 1].item()
 
     def drop_share(self, l: int, L: int) -> float:
         """Return (l-1)/(L-1)."""
@@ -157,9 +174,14 @@ def linear(final: float) -> Linear:
     return Linear(final)
 
 
-def linspace(final: float) -> Linspace:
-    """Return timm's and torchvision's rule: the first block keeps 1, the last `final`."""
-    return Linspace(final)
+def linspace(final: float, *, single: bool = False) -> Linspace:
+    """Return timm's and torchvision's rule: the first block keeps 1, the last `final`.
+
+    Args:
+        final: the last block's survival probability, in [0, 1].
+        single: drop probabilities in float32, as `torch.linspace` returns them; see `Linspace`.
+    """
+    return Linspace(final, single)
 
 
 def efficientnet(final: float) -> EfficientNet:

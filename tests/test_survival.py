@@ -42,6 +42,14 @@ def test_linspace_is_timms() -> None:
         assert 1.0 - rule(index, len(blocks)) == pytest.approx(rate, abs=1e-7)
 
 
+def test_linspace_in_single_precision_is_timms_vision_transformers() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.3, img_size=32)
+    rule = survival.linspace(0.7, single=True)
+    ours = [1.0 - rule(l, 12) for l in range(2, 13)]
+    assert ours == [block.drop_path1.drop_prob for block in model.blocks[1:]]
+    assert survival.from_json(survival.to_json(rule)) == rule
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
 def test_probabilities_outside_0_and_1_are_refused(value: float) -> None:
     for make in (survival.linear, survival.linspace, survival.efficientnet):
