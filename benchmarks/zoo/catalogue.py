@@ -165,7 +165,8 @@ def _torchvision(name: str, native: bool, options: dict[str, Any]) -> nn.Module 
         else:
             raise TypeError(f"{name} takes inputs of any size")
     model: nn.Module = builder(**given)
-    model = model.backbone if ".detection" in home else model
+    if ".detection" in home:
+        model = model.get_submodule("backbone")
     if native:
         return model if _has_drop_path(model) else None
     return without_drop_path(model)

@@ -100,7 +100,9 @@ def native_drops(module: fx.GraphModule) -> Native:
     keys = add_keys(module)
     index = {node: position for position, node in enumerate(module.graph.nodes)}
     rates: dict[Key, float] = {}
-    slots, partial, called = set(), set(), set()
+    slots: set[Key] = set()
+    partial: set[Key] = set()
+    called: set[int] = set()
     elsewhere, unread = [], []
     for node in module.graph.nodes:
         rate = _rate(module, node)
@@ -165,7 +167,8 @@ def _adds_behind(
     Where the other operand is computed from the dropped values too, they are the skip of the next
     block: the drop is then on the path itself and belongs to no add.
     """
-    adds, leaks, seen, stack = set(), False, {drop}, [drop]
+    adds: set[Key] = set()
+    leaks, seen, stack = False, {drop}, [drop]
     while stack:
         node = stack.pop()
         for user in node.users:
@@ -217,7 +220,8 @@ def compare(native: Native, sites: Mapping[Key, Site]) -> Comparison:
     )
     positions = [native.order[key] for key in native.rates]
     first, last = min(positions, default=-1), max(positions, default=-1)
-    extra, at_zero = [], []
+    extra: list[Key] = []
+    at_zero: list[Key] = []
     for key, site in sites.items():
         if key in native.rates:
             continue
