@@ -38,7 +38,7 @@ _TORCHVISION_KINDS = {
     "segmentation": "segmentation",
     "video": "video",
 }
-_SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+_SIZES = (64, 128, 192, 256)
 
 
 @dataclass(frozen=True)
