@@ -90,7 +90,8 @@ class Inspection:
         chosen, rule = self.insertion, self.insertion.survival
         name = getattr(rule, "name", getattr(rule, "__name__", "custom"))
         values = vars(rule) if type(rule) in rules.RULES.values() else {}
-        told = [f"rule {name}", *(f"{key} {_value(value)}" for key, value in values.items())]
+        told = [f"rule {name}"]
+        told += [f"{key} {_value(value)}" for key, value in values.items() if value is not False]
         told.append(f"counted by {chosen.unit} (L = {self.total})")
         if chosen.where is not None:
             told.append(f"where {_value(chosen.where)}")

@@ -233,7 +233,7 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     Raises:
         DropsurgeryError: the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
         part.replace(path)

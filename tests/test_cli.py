@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import dropsurgery as ds
-from dropsurgery import cli
+from dropsurgery import cli, inspection
 from dropsurgery.models import load_model
 
 NETWORK = '''
@@ -70,6 +70,37 @@ class Untraceable(Net):
         if x.sum() > 0:
             x = x + 1
         return super().forward(x)
+
+class Unet(nn.Module):
+    """Two blocks, and a long skip around a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.inner, self.after = Block(3), Block(3), Block(3)
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x + torch.tanh(self.inner(torch.relu(x))))
+
+class Mixed(nn.Module):
+    """A residual block and twelve adds of linear branches, of which one is an identity's."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block(3)
+        self.mix = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(12))
+
+    def forward(self, x):
+        x = self.block(x)
+        for conv in self.mix:
+            x = x + conv(x)
+        return x + 1
+
+class Deep(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.a_stage_of_a_long_name = nn.Sequential()
+        self.a_stage_of_a_long_name.another_of_a_long_name = Block(3)
 
 class Plain(nn.Sequential):
     def __init__(self):
@@ -154,13 +185,102 @@ def test_inspect_gives_reasons_for_other_adds(run: Cli) -> None:
 
 
 def test_inspect_shows_native_drops(run: Cli) -> None:
-    plain = run("inspect", "timm:resnet10t")
-    native = run("inspect", "timm:resnet10t", "--model-arg", "drop_path_rate=0.2")
-    assert "native drop" not in plain.out
-    assert "native drop" in native.out
+    words = ("inspect", "timm:resnet10t", "--final-survival", "0.7")
+    plain = run(*words)
+    native = run(*words, "--model-arg", "drop_path_rate=0.2")
+    assert "native" not in plain.out
+    assert re.search(r"survival +drop +native\n", native.out)
+    assert re.search(r"layer1\.0 .* 0\.925 +0\.075 +-\n", native.out)  # the author drops none here
+    assert re.search(r"layer4\.0 .* 0\.7 +0\.3 +0\.2\n", native.out)
 
 
-@pytest.mark.parametrize(("unit", "last"), [("block", 0.9), ("add", 0.95)])
+def test_inspect_tells_rule_and_stages(run: Cli) -> None:
+    words = ("--rule", "per_stage", "--depths", "1,1,1,1", "--final-survival", "0.7")
+    done = run("inspect", "timm:resnet10t", *words)
+    assert "rule per_stage, final 0.7, depths 1,1,1,1, counted by block (L = 4)" in done.out
+    assert "blocks by stage: layer1 1, layer2 1, layer3 1, layer4 1" in done.out
+    assert re.findall(r"^ +\d .* ([\d.]+) +[\d.]+$", done.out, re.MULTILINE) == [
+        "1", "0.9", "0.8", "0.7"
+    ]  # fmt: skip
+
+
+def test_inspect_and_retrofit_choose_the_same_sites(run: Cli) -> None:
+    words = ("--where", "blocks.1", "--where", "blocks.3", "--model-arg", "depth=5")
+    done = run("inspect", "net.py:Net", *words, "--json")
+    sites = done.document["sites"]
+    assert [s["survival"] for s in sites] == [
+        None,
+        pytest.approx(0.92),
+        None,
+        pytest.approx(0.84),
+        None,
+    ]
+    assert done.document["skipped"] == []
+    told = run("inspect", "net.py:Net", *words)
+    assert len(re.findall(r"blocks\.[024] .* - +-\n", told.out)) == 3
+    made = run("retrofit", "net.py:Net", *words, "-o", "surgery", "--json")
+    assert [c["module"] for c in made.document["changes"]] == ["blocks.1", "blocks.3"]
+    net = ds.load("surgery", load_model("net.py:Net", arguments={"depth": 5}).module)
+    rates = [m.drop_prob for m in net.modules() if isinstance(m, ds.DropPath)]
+    assert rates == pytest.approx([0.08, 0.16])
+
+
+def test_include_brings_nested_and_linear_sites(run: Cli) -> None:
+    kinds = [s["kind"] for s in run("inspect", "net.py:Unet", "--json").document["sites"]]
+    assert kinds == ["identity"] * 3
+    done = run("inspect", "net.py:Unet", "--include", "linear,nested")
+    assert re.search(r"3 +\(root\) +add_2 +nested", done.out)
+    assert "with linear,nested" in done.out
+    made = run("retrofit", "net.py:Unet", "-o", "surgery", "--include", "nested", "--json")
+    assert len(made.document["changes"]) == 4
+    linear = run("inspect", "net.py:Mixed", "--include", "linear")
+    assert len(re.findall(r" linear +0\.", linear.out)) == 12
+
+
+def test_many_reasons_are_grouped(run: Cli) -> None:
+    done = run("inspect", "net.py:Mixed")
+    assert "13 left alone\n   12  linear branch: '…' is affine in '…'\n" in done.out
+    assert re.search(r"\n +\(root\) add_1; \(root\) add_2; \(root\) add_3; …\n", done.out)
+    assert re.search(r"\n    1  adds a number, not a branch\n +\(root\) add_13\n", done.out)
+    every = run("inspect", "net.py:Mixed", "--all")
+    assert every.out.count("linear branch: 'conv2d") == 0
+    assert every.out.count("linear branch: 'mix_") == 12
+    made = run("retrofit", "net.py:Mixed", "-o", "surgery")
+    assert "12  InsertDropPath: linear branch: '…'" in made.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect timm:vit_tiny_patch16_224 --model-arg depth=2",
+        "inspect torchvision:swin_t --rule linspace --unit add",
+        "inspect net.py:Mixed",
+        "inspect net.py:Mixed --all",
+        "retrofit net.py:Net -o surgery --where blocks.0",
+        "slim net.py:Net",
+        "export net.py:Net -o net.onnx --input 3x8x8",
+    ],
+)
+def test_text_fits_the_terminal(run: Cli, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run(*words.split())
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_long_module_paths_are_folded_after_a_dot(
+    run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "64")
+    done = run("inspect", "net.py:Deep")
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 64
+    first = next(index for index, line in enumerate(lines) if line.startswith("    1"))
+    assert lines[first].split()[1] == "a_stage_of_a_long_name."
+    assert lines[first + 1].strip() == "another_of_a_long_name"
+
+
+@pytest.mark.parametrize(("unit", "last"), [("block", 0.9), ("add", 0.95), ("position", 0.9)])
 def test_inspect_counts_what_retrofit_counts(run: Cli, unit: str, last: float) -> None:
     options = ("--model-arg", "depth=1", "--model-arg", "img_size=32", "--final-survival", "0.9")
     done = run("inspect", "timm:vit_tiny_patch16_224", *options, "--unit", unit, "--json")
@@ -319,6 +439,18 @@ def test_hub_models_know_their_input(run: Cli) -> None:
         ("inspect net.py:Net --surgery nowhere", "nowhere"),
         ("inspect net.py:Net --model-arg depth", "'depth' is not KEY=VALUE"),
         ("inspect net.py:Net --model-arg deep=2", "cannot be built: TypeError"),
+        (
+            "inspect net.py:Net --rule per_stage",
+            "number of blocks in each stage(.|\n)*--depths 3,4",
+        ),
+        ("inspect net.py:Net --depths 1,1", "--depths says nothing(.|\n)*--rule per_stage"),
+        ("inspect net.py:Net --rule per_stage --depths 1;1", "'1;1' are not depths"),
+        ("inspect net.py:Net --rule per_stage --depths 2,3", "5 blocks and the network has 2"),
+        ("retrofit net.py:Net -o out --rule per_stage --depths 0,2", "numbers of blocks"),
+        ("inspect net.py:Net --include nesting", "include names 'nesting'"),
+        ("inspect net.py:Net --where layer9.*", "matches none of the 2 residual sites"),
+        ("inspect net.py:Net --svg nowhere/net.svg", "nowhere/net.svg cannot be written"),
+        ("inspect net.py:Net --png .", "cannot be written"),
         ("inspect net.py:Net --rule cubic", "'--rule': 'cubic' is not one of 'linear', "),
         (
             "inspect net.py:Net --final-survival 1.5",
@@ -404,10 +536,10 @@ def test_a_failed_export_leaves_the_old_file(run: Cli) -> None:
 def test_an_unexpected_error_is_told_in_one_paragraph(
     run: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(ds, "find_residuals", fails)
+    monkeypatch.setattr(inspection, "find_residuals", fails)
     done = run("inspect", "net.py:Net")
     assert done.code == 2
     assert "ZeroDivisionError: division by zero" in done.err
@@ -419,14 +551,14 @@ def test_an_unexpected_error_is_told_in_one_paragraph(
 def test_an_interrupt_that_someone_turned_into_an_error(
     run: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swallows(*_: object) -> None:
+    def swallows(*_: object, **__: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         except KeyboardInterrupt:
             raise RuntimeError("a callback failed") from None
 
-    monkeypatch.setattr(ds, "find_residuals", swallows)
+    monkeypatch.setattr(inspection, "find_residuals", swallows)
     done = run("inspect", "net.py:Net")
     assert done.code == 130
     assert "interrupted" in done.err

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import dropsurgery as ds
 from dropsurgery.errors import DropsurgeryError
+from dropsurgery.graph.module import Skip
 from dropsurgery.report import (
     Census,
     Report,
@@ -21,6 +22,7 @@ from dropsurgery.report import (
     json_text,
     medians_in_turns,
     onnx_census,
+    skips_text,
     write_whole,
 )
 
@@ -49,6 +51,30 @@ def test_census_counts_calls_and_not_modules() -> None:
     assert census(ds.retrofit(Everything().eval())).drop_paths == 1
     slim = census(ds.slim(Everything()))
     assert (slim.dropouts, slim.drop_paths) == (0, 0)
+
+
+def test_a_census_in_words() -> None:
+    assert str(Census(9, 2, 4, 1)) == "9 nodes, 2 BatchNorms, 4 dropouts, 1 drop paths"
+
+
+def test_skips_are_told_one_by_one_or_by_reason() -> None:
+    few = [Skip("a.b", "add", "'x' is no skip", "Pass"), Skip("", "add_1", "a gate", "Pass")]
+    told = skips_text(few, 80, title="2 left alone").splitlines()
+    assert told[0] == "2 left alone"
+    assert told[1].split() == ["pass", "module", "node", "reason"]
+    assert told[-1].split() == ["Pass", "(root)", "add_1", "a", "gate"]
+    many = [*few, *(Skip("m", f"add_{index}", f"'{index}' is no skip") for index in range(20))]
+    assert skips_text(many, 60, title="22 left alone").splitlines() == [
+        "22 left alone",
+        "   20  '…' is no skip",
+        "       m add_0; m add_1; m add_2; …",
+        "    1  Pass: 'x' is no skip",
+        "       a.b add",
+        "    1  Pass: a gate",
+        "       (root) add_1",
+        "--all lists each",
+    ]
+    assert skips_text(many, 60, title="all", every=True).count("is no skip") == 21
 
 
 def test_census_of_an_onnx_file(tmp_path: Path) -> None:

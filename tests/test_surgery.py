@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dropsurgery as ds
+from dropsurgery.errors import ArgumentError, PassError
 from tests.helpers import randomize
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -32,6 +33,34 @@ def test_retrofit_slim_export_verify(name: str, tmp_path: Path) -> None:
     assert operators == {"Conv", "Relu", "Add", "MaxPool", "ReduceMean", "Reshape", "Gemm"}
     verdict = ds.verify(model, path)
     assert verdict.ok, str(verdict)
+
+
+def test_retrofit_chooses_sites_by_where_and_include() -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torchvision.models.resnet.BasicBlock(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.inner(torch.relu(x)))
+
+    def drops(net: nn.Module) -> dict[str, float]:
+        return {k: m.drop_prob for k, m in net.named_modules() if isinstance(m, ds.DropPath)}
+
+    model = torchvision.models.resnet18()
+    chosen = drops(ds.retrofit(model, 0.8, where="layer4.*"))
+    assert chosen == pytest.approx({"layer4.0.drop_path": 0.175, "layer4.1.drop_path": 0.2})
+    two = drops(ds.retrofit(model, 0.8, where=("layer1.0", "add_7")))
+    assert list(two) == ["layer1.0.drop_path", "layer4.1.drop_path"]
+    by_call = drops(ds.retrofit(model, where=lambda site: site.kind == "projection"))
+    assert list(by_call) == [f"layer{stage}.0.drop_path" for stage in (2, 3, 4)]
+    with pytest.raises(PassError, match="matches none of the 8 residual sites"):
+        ds.retrofit(model, where="layer5.*")
+    assert len(drops(ds.retrofit(Long()))) == 1
+    for include in ("nested", ["nested"], ("linear", "nested")):
+        assert len(drops(ds.retrofit(Long(), include=include))) == 2
+    with pytest.raises(ArgumentError, match="include names 'long'"):
+        ds.retrofit(Long(), include=("long",))
 
 
 def test_slim_is_an_inference_graph_whatever_the_mode() -> None:
