@@ -20,7 +20,8 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.errors import DropsurgeryError
-from dropsurgery.graph.leaves import DROP_PATHS, FROZEN_BATCHNORMS, is_one_of
+from dropsurgery.graph.drops import is_drop_path
+from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import Skip
 from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
 from dropsurgery.tables import render
@@ -132,7 +133,7 @@ def census(module: fx.GraphModule) -> Census:
         batch_norms=sum(isinstance(m, norms) or is_one_of(m, FROZEN_BATCHNORMS) for m in called)
         + sum(f in (nn.functional.batch_norm, torch.batch_norm) for f in functions),
         dropouts=sum(_drops_units(m) for m in called),
-        drop_paths=sum(is_one_of(m, DROP_PATHS) for m in called),
+        drop_paths=sum(is_drop_path(m) for m in called),
     )
 
 
