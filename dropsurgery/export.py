@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,10 +64,11 @@ def export_onnx(
 
     Args:
         model: any `nn.Module` in eval mode, or a GraphModule that dropsurgery returned.
-        path: the file to write; its folder must exist. Weights of 2 GB and more go to
-            `<path>.data` beside it.
+        path: the file to write; its folder must exist. Where it is a link, the file that it points
+            to is written. Weights of 2 GB and more go to `<path>.data` beside it.
         example_inputs: one tensor, or a tuple or list of forward's positional arguments. A batch of
-            one is as good as any other.
+            one is as good as any other. One tensor may stand for several arguments: the graph keeps
+            them apart.
         dynamic_batch: leave the batch size open: axis 0 of the first tensor that has one, and of
             every other tensor input of the same size along axis 0. Otherwise all shapes are fixed.
         opset: the ONNX operator set, 18 to 23; None for the exporter's own choice.
@@ -79,10 +81,11 @@ def export_onnx(
             draws random numbers, does not accept the inputs, cannot keep its batch axis open, or
             uses an operator that ONNX lacks; or the file cannot be written. The message names
             the module path and what to do.
-        ArgumentError: `opset` is out of range.
+        ArgumentError: `opset` is out of range, the path cannot be a file's, or the example's batch
+            is empty.
         ArgumentTypeError: an argument is of the wrong type.
     """
-    args = _check_arguments(model, example_inputs, opset)
+    args = _check_arguments(model, example_inputs, opset, dynamic_batch)
     target = check_target(path)
     _check_modes(model)
     if isinstance(model, TwoModeGraphModule):
@@ -104,7 +107,9 @@ def export_onnx(
     return Path(path)
 
 
-def _check_arguments(model: nn.Module, example_inputs: Any, opset: int | None) -> tuple[Any, ...]:
+def _check_arguments(
+    model: nn.Module, example_inputs: Any, opset: int | None, dynamic_batch: bool
+) -> tuple[Any, ...]:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"expected a torch.nn.Module, got {type(model).__name__}",
@@ -117,7 +122,7 @@ def _check_arguments(model: nn.Module, example_inputs: Any, opset: int | None) -
             f"opset is {opset!r}", fix=f"{OPSETS[0]} to {OPSETS[-1]}, or None for the default"
         )
     if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
+        example_inputs = (example_inputs,)
     if not isinstance(example_inputs, tuple | list) or not any(
         isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)
     ):
@@ -125,7 +130,13 @@ def _check_arguments(model: nn.Module, example_inputs: Any, opset: int | None) -
             f"example_inputs is a {type(example_inputs).__name__} without tensors",
             fix="a tensor, or a tuple of forward's positional arguments",
         )
-    return tuple(example_inputs)
+    if dynamic_batch and _batch_size(tuple(example_inputs)) == 0:
+        raise ArgumentError(
+            "the example inputs hold a batch of 0, which shows nothing of the network",
+            fix="an example with a batch of one or more",
+        )
+    # torch.export takes tensors that share memory for one input, which then stands for both.
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), tuple(example_inputs))
 
 
 def _check_modes(model: nn.Module) -> None:
@@ -175,16 +186,34 @@ def _run_example(
     """
     given = named_inputs(model, args)
     outputs = _try(model, args, "the model does not accept the example inputs", shapes(given), None)
-    named_outputs(outputs)
-    batch = _batch_size(args)
-    if not dynamic_batch or batch != 1:
+    _check_outputs(model, outputs)
+    if not dynamic_batch or _batch_size(args) != 1:
         return args, outputs
-    doubled = pytree.tree_map(
-        lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, batch) else leaf, args
-    )
+    doubled = _doubled(args)
     fix = "dynamic_batch=False, or example inputs with a batch of two or more"
     problem = "the network runs with a batch of 1 and not with 2: its batch axis cannot stay open"
     return doubled, _try(model, doubled, problem, shapes(named_inputs(model, doubled)), fix)
+
+
+def _check_outputs(model: nn.Module, outputs: Any) -> None:
+    named_outputs(outputs)
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, bool | int | float | complex):
+            raise ExportError(
+                f"the network returns {leaf!r}, a Python {type(leaf).__name__}, and an ONNX graph "
+                "returns tensors",
+                where=f"{type(model).__name__}.forward",
+                fix="return tensors only: torch.tensor(...), or leave the number out",
+            )
+
+
+def _doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with each row of the batch twice."""
+    batch = _batch_size(args)
+    doubled: tuple[Any, ...] = pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, batch) else leaf, args
+    )
+    return doubled
 
 
 def _try(model: nn.Module, args: tuple[Any, ...], problem: str, where: str, fix: str | None) -> Any:
@@ -234,17 +263,62 @@ def _capture(
     except Exception as error:
         where = f"{type(model).__name__} with {shapes(named_inputs(model, args))}"
         if axes is not None and _captures_fixed(model, args):
+            fix = "write its reshapes with x.shape[0] or -1, or export with dynamic_batch=False"
+            if all(t.ndim < 2 for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
+                fix = (
+                    "axis 0 is read as the batch: give the example one (x[None]), or export with "
+                    "dynamic_batch=False"
+                )
             raise ExportError(
-                f"the network does not work for every batch size: {first_line(error)}",
+                f"the network does not work for every batch size: {_why_fixed(model, args, error)}",
                 where=where,
-                fix="write its reshapes with x.shape[0] or -1, or export with dynamic_batch=False",
+                fix=fix,
             ) from error
+        line = _user_line(error)
         raise ExportError(
-            f"the network cannot be captured as a graph: {first_line(error)}",
-            where=where,
-            fix="no Python branches on the values of tensors; "
-            'TORCH_LOGS="+export" shows where it stopped',
+            f"the network cannot be captured as a graph: {_without_advice(error)}",
+            where=f"{where}, {line}" if line else where,
+            fix="no Python branches on the values of tensors: torch.where, or a module of its own "
+            "that is exported apart",
         ) from error
+
+
+def _why_fixed(model: nn.Module, args: tuple[Any, ...], error: Exception) -> str:
+    """Return what fixes the batch: the network's own error with another one, or what torch saw."""
+    doubled = _doubled(args)
+    try:
+        with torch.no_grad():
+            model(*doubled)
+    except Exception as refusal:
+        return f"with a batch of {_batch_size(doubled)}, {first_line(refusal)}"
+    text = str(error)
+    if found := re.search(r"to be a constant \((\d+)\)", text):
+        return f"some step of it takes a batch of {found[1]} for granted"
+    if found := re.search(r"generated guards? (.+?)\.?$", text, re.MULTILINE):
+        condition = re.sub(r"L\[.+?\]\.size\(\)\[0\]", BATCH, found[1])
+        return f"it takes another way where not {condition}"
+    return _without_advice(error)
+
+
+def _without_advice(error: BaseException) -> str:
+    """Return what torch says, without its pointers to torch's own switches."""
+    if "data-dependent" in str(error):
+        return "Python code depends on the values of a tensor"
+    return re.split(r" *For more information, run with", first_line(error))[0]
+
+
+def _user_line(error: BaseException) -> str:
+    """Return the innermost line of the network's own code on the way to the error."""
+    library = os.path.dirname(torch.__file__)
+    found = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, number in traceback.walk_tb(cause.__traceback__):
+            name = frame.f_code.co_filename
+            if not name.startswith((library, "<")) and name != __file__:
+                found = f'File "{name}", line {number}, in {frame.f_code.co_name}'
+        cause = cause.__cause__
+    return found
 
 
 def _captures_fixed(model: nn.Module, args: tuple[Any, ...]) -> bool:
@@ -348,7 +422,12 @@ def _quiet() -> Iterator[None]:
             return False
 
     mute = Mute()
-    handlers = logging.getLogger("torch").handlers
+    handlers = [
+        handler
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger)
+        for handler in logger.handlers
+    ]
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dropsurgery.errors import ExportError
+from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
 from dropsurgery.graph.module import HISTORY
 from dropsurgery.graph.signature import first_line
 
@@ -24,14 +24,24 @@ _PREFIX = "dropsurgery."
 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Return the file to write, or fail before the long part rather than after it."""
-    target = Path(path)
-    if target.is_dir():
-        raise ExportError("the path is a folder", where=str(target), fix="name a file in it")
-    if not target.parent.is_dir():
-        raise ExportError(
-            "the folder does not exist", where=str(target.parent), fix="make it, or check the path"
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise ArgumentTypeError(
+            f"path is a {type(path).__name__}", fix='a str or a Path, as "model.onnx"'
         )
+    if "\0" in os.fspath(path):
+        raise ArgumentError(f"path is {os.fspath(path)!r}", fix="a file name without NUL")
+    target = Path(path)
     try:
+        if target.is_symlink():  # the file is replaced, not the link
+            target = Path(os.path.realpath(target))
+        if target.is_dir():
+            raise ExportError("the path is a folder", where=str(target), fix="name a file in it")
+        if not target.parent.is_dir():
+            raise ExportError(
+                "the folder does not exist",
+                where=str(target.parent),
+                fix="make it, or check the path",
+            )
         os.rmdir(_new_folder(target))
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(13, "the file is read-only")
@@ -41,7 +51,8 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 
 def _new_folder(target: Path) -> str:
-    return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    # A name may be as long as the file system allows: the folder's must not be longer.
+    return tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".tmp", dir=target.parent)
 
 
 def _unwritable(target: Path, error: OSError) -> ExportError:

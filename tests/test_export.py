@@ -101,12 +101,12 @@ def test_nodes_are_named_after_modules(tmp_path: Path) -> None:
 
 
 def test_a_slim_resnet_keeps_the_users_paths_and_nothing_to_drop(tmp_path: Path) -> None:
-    model = torchvision.models.resnet18().eval()
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 2]).eval()
     slim = ds.slim(ds.retrofit(model))
     path = ds.export_onnx(slim, tmp_path / "m.onnx", torch.randn(1, 3, 32, 32))
     nodes = {node.name: node.op_type for node in onnx.load(str(path)).graph.node}
     assert nodes["layer1.0.conv1/Conv"] == "Conv"
-    assert nodes["layer3.1/Add"] == "Add"
+    assert nodes["layer4.1/Add"] == "Add"
     assert not {"BatchNormalization", "Dropout", "Bernoulli"} & set(nodes.values())
 
 
@@ -242,6 +242,35 @@ def test_any_number_of_inputs(tmp_path: Path) -> None:
         (f"parts_{index}", ["batch", 4]) for index in range(3)
     ]
     assert ds.verify(Sum(), path).ok
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x) - y
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shared", ["object", "memory", "weight"])
+def test_one_tensor_for_two_inputs_stays_two_inputs(
+    tmp_path: Path, batch: int, shared: str
+) -> None:
+    model = Difference().eval()
+    x = torch.randn(batch, 4)
+    y = {"object": x, "memory": x.view_as(x), "weight": model.fc.weight[:batch]}[shared]
+    path = ds.export_onnx(model, tmp_path / "m.onnx", (x, y))
+    one, two = torch.randn(3, 4), torch.randn(3, 4)
+    torch.testing.assert_close(torch.from_numpy(run(path, one, two)[0]), model(one, two))
+
+
+def test_a_forward_that_writes_to_its_input_leaves_the_example_alone(tmp_path: Path) -> None:
+    example = torch.randn(2, 4)
+    before = example.clone()
+    ds.export_onnx(Function(lambda x: x.mul_(2) + 1).eval(), tmp_path / "m.onnx", example)
+    assert torch.equal(example, before)
 
 
 # Large files
@@ -420,21 +449,43 @@ def test_too_many_inputs_are_an_argument_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "example"),
+    ("function", "example", "reason"),
     [
-        (lambda x: x.reshape(2, -1), torch.randn(2, 6)),
-        (lambda x: x + torch.arange(float(x.shape[0]) // 2 * 2)[:, None], torch.randn(2, 6)),
-        (lambda x: x + torch.zeros(2, 6), torch.randn(2, 6)),
+        (lambda x: x.reshape(2, -1), torch.randn(2, 6), "takes a batch of 2 for granted"),
+        (
+            lambda x: x if x.shape[0] % 2 else x + 1,
+            torch.randn(2, 6),
+            r"it takes another way where not \(batch % 2\) == 0",
+        ),
+        (lambda x: x + torch.zeros(2, 6), torch.randn(2, 6), r"with a batch of 4, .* must match"),
+        (lambda x: x + torch.zeros(6), torch.randn(6), r"with a batch of 12, .* must match"),
     ],
 )
 def test_a_batch_that_cannot_stay_open_is_refused(
-    tmp_path: Path, function: Any, example: Tensor
+    tmp_path: Path, function: Any, example: Tensor, reason: str
 ) -> None:
     model = Function(function).eval()
-    error = refused(model, tmp_path, "does not work for every batch size", example)
+    error = refused(model, tmp_path, f"does not work for every batch size: .*{reason}", example)
     assert error.fix is not None
     assert "dynamic_batch=False" in error.fix
-    ds.export_onnx(model, tmp_path / "m.onnx", example, dynamic_batch=False)
+    assert ("x[None]" in error.fix) == (example.ndim == 1)
+    assert "TORCH_LOGS" not in str(error)
+
+
+def test_an_empty_batch_is_no_example(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="hold a batch of 0"):
+        ds.export_onnx(small(), tmp_path / "m.onnx", IMAGE[:0])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_number_among_the_outputs_is_refused_and_none_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = Function(lambda x: (x + 1, 3)).eval()
+    refused(model, tmp_path, "returns 3, a Python int, and an ONNX graph returns tensors")
+    path = ds.export_onnx(Function(lambda x: (x + 1, None)).eval(), tmp_path / "m.onnx", IMAGE)
+    assert [v.name for v in onnx.load(str(path)).graph.output] == ["output_0"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_network_for_a_batch_of_one_is_refused(tmp_path: Path) -> None:
@@ -454,7 +505,10 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
 
 def test_a_branch_on_values_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = Function(lambda x: x if x.sum() > 0 else -x).eval()
-    refused(model, tmp_path, "cannot be captured as a graph")
+    error = refused(model, tmp_path, "cannot be captured as a graph: Python code depends on the v")
+    assert error.where is not None
+    assert "test_export.py" in error.where
+    assert "TORCH_LOGS" not in str(error)
     assert capfd.readouterr() == ("", "")
 
 
@@ -468,6 +522,13 @@ def test_arguments_of_the_wrong_kind(tmp_path: Path) -> None:
     for opset in (5, 99, "20", 20.0):
         with pytest.raises(ArgumentError, match="opset is"):
             ds.export_onnx(small(), target, IMAGE, opset=opset)  # type: ignore[arg-type]
+    for path in (None, 3, b"m.onnx"):
+        with pytest.raises(ArgumentTypeError, match="path is a"):
+            ds.export_onnx(small(), path, IMAGE)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"path is 'a\\x00b'"):
+        ds.export_onnx(small(), "a\0b", IMAGE)
+    with pytest.raises(ExportError, match="File name too long"):
+        ds.export_onnx(small(), tmp_path / ("a" * 300), IMAGE)
     assert os.listdir(tmp_path) == []
 
 
@@ -497,6 +558,23 @@ def test_a_folder_that_cannot_be_written_to() -> None:
         pytest.skip("needs /proc, which nobody can write to")
     with pytest.raises(ExportError, match="the file cannot be written"):
         ds.export_onnx(linear(), "/proc/m.onnx", LINE)
+
+
+def test_a_link_stays_a_link_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    real, link = tmp_path / "models" / ("a" * 250), tmp_path / "m.onnx"
+    real.write_bytes(b"before")
+    link.symlink_to(Path("models") / real.name)
+    model = linear()
+    assert ds.export_onnx(model, link, LINE) == link
+    assert link.is_symlink()
+    assert ds.verify(model, real).ok
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "models"]
+    assert os.listdir(real.parent) == [real.name]
+    link.unlink()
+    link.symlink_to(tmp_path / "no" / "m.onnx")
+    with pytest.raises(ExportError, match="the folder does not exist"):
+        ds.export_onnx(model, link, LINE)
 
 
 def test_a_read_only_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,15 @@ def test_an_export_is_its_network(path: Path) -> None:
     verdict = ds.verify(net(), path)
     assert verdict.ok
     assert bool(verdict)
-    assert verdict.inputs == tuple(f"seed {s}, batch {b}" for s in range(3) for b in (1, 3))
+    usual = tuple(f"seed {s}, batch {b}" for s in range(3) for b in (1, 3))
+    assert verdict.inputs == (*usual, "seed 2, batch 3, faint")
     assert verdict.provider.startswith("CPU ")
     (output,) = verdict.outputs
     assert (output.name, output.dtype, output.shape, output.count) == (
         "output",
         "float32",
         (1, 10),
-        120,
+        150,
     )
     assert output.reference_error is not None
     assert 0 < output.reference_error < 1e-6
@@ -92,6 +94,40 @@ def test_the_verdict_is_json(path: Path) -> None:
 def test_the_same_call_gives_the_same_verdict(path: Path) -> None:
     assert ds.verify(net(), path) == ds.verify(net(), path)
     assert ds.verify(net(), path) != ds.verify(net(), path, seeds=(5, 6, 7))
+
+
+def test_a_constant_output_is_said_to_test_nothing() -> None:
+    model = net()
+    nn.init.zeros_(model.fc.weight)
+    changed = net(1)
+    changed.fc = model.fc
+    verdict = ds.verify(model, changed)
+    conclusion = "EQUIVALENT, but the output is constant: nothing before it was tested"
+    lines = str(verdict).splitlines()
+    assert lines[0] == lines[-1] == verdict.conclusion == conclusion
+    assert verdict.ok
+    assert not verdict.tested
+    data = verdict.to_json()
+    assert (data["ok"], data["tested"], data["conclusion"]) == (True, False, conclusion)
+    assert data["outputs"][0]["varies"] is False
+    changed.fc = nn.Linear(8, 10)
+    assert str(ds.verify(model, changed)).splitlines()[-1] == "NOT EQUIVALENT"
+
+
+def test_one_constant_output_among_others_is_noted() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc(x), self.fc.weight
+
+    two = Two()
+    verdict = ds.verify(two, two)
+    assert verdict.conclusion == "EQUIVALENT"
+    assert [output.varies for output in verdict.outputs] == [True, False]
+    assert "'output_1' is the same for every input: nothing before it was tested" in verdict.notes
 
 
 def test_progress_is_told(path: Path) -> None:
@@ -197,8 +233,8 @@ def test_a_model_that_knows_its_image_size() -> None:
     model = torchvision.models.VisionTransformer(48, 16, 1, 2, 16, 32)
     verdict = ds.verify(model, model)
     assert verdict.ok
-    # Its head starts at zero: that tests nothing, and the verdict says so.
-    assert "'output' is the same for every input: it tests little" in verdict.notes
+    # Its head starts at zero.
+    assert "'output' is the same for every input: nothing before it was tested" in verdict.notes
 
 
 def test_inputs_that_cannot_be_guessed() -> None:
@@ -222,6 +258,7 @@ def test_own_inputs_are_run_as_they_are_and_varied(path: Path) -> None:
         "yours",
         "yours varied, seed 4, batch 1",
         "yours varied, seed 4, batch 3",
+        "yours, faint",
     )
     several = [torch.rand(2, 3, 8, 8), (torch.rand(1, 3, 8, 8),), {"x": torch.rand(5, 3, 8, 8)}]
     assert ds.verify(net(), path, several, seeds=(4,)).inputs[:3] == (
@@ -259,7 +296,7 @@ def test_inputs_that_only_the_file_refuses(tmp_path: Path) -> None:
     fixed = ds.export_onnx(net(), tmp_path / "m.onnx", torch.randn(2, 3, 8, 8), dynamic_batch=False)
     verdict = ds.verify(net(), fixed)
     assert verdict.ok
-    assert verdict.inputs == ("seed 0", "seed 1", "seed 2")
+    assert verdict.inputs == ("seed 0", "seed 1", "seed 2", "seed 2, faint")
     verdict = ds.verify(net(), fixed, torch.randn(5, 3, 8, 8))
     assert not verdict.ok
     assert "the candidate fails on yours" in verdict.problems[0]
@@ -277,8 +314,74 @@ def test_a_batch_size_that_the_reference_refuses_is_left_out() -> None:
     model = One()
     verdict = ds.verify(model, model)
     assert verdict.ok
-    assert verdict.inputs == ("seed 0, batch 1", "seed 1, batch 1", "seed 2, batch 1")
+    tried = tuple(f"seed {seed}, batch 1" for seed in range(3))
+    assert verdict.inputs == (*tried, "seed 2, batch 1, faint")
     assert "not tried, the reference does not accept it: seed 0, batch 3" in verdict.notes
+
+
+# Faint inputs
+
+
+class Growing(nn.Module):
+    """Activations that have grown to 1e7 where the bias of the last layer is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU())
+        self.last = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.last(3e7 * self.body(x))))
+
+
+def test_faint_inputs_show_what_large_activations_hide() -> None:
+    model, changed = Growing(), Growing()
+    changed.last.bias.data += 1e-2
+    usual = torch.randn(3, 32)
+    with torch.no_grad():
+        assert (model(usual) - changed(usual)).abs().max() / model(usual).abs().max() < 1e-7
+    verdict = ds.verify(model, changed)
+    assert not verdict.ok
+    assert ds.verify(model, copy.deepcopy(model)).ok
+    # Sees as much without them.
+    assert not ds.verify(model.double(), changed.double()).ok
+
+
+@pytest.mark.parametrize("kind", ["instance norm", "rank", "zero", "refused"])
+def test_faint_inputs_are_left_out_where_they_cannot_be_compared(kind: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self, flip: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.more = nn.Conv2d(8, 8, 3)
+            self.norm = nn.InstanceNorm2d(8)
+            self.flip = flip
+
+        def rounded(self, y: Tensor) -> Tensor:
+            """The same values, rounded otherwise."""
+            return (y * 3) / 3 if self.flip else y
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "refused" and bool(x.abs().max() < 1e-3):
+                raise ValueError("too dark")
+            if kind == "zero":
+                return torch.relu(self.rounded(self.conv(x)) - 0.5 - self.conv.bias[:, None, None])
+            y = self.norm(self.rounded(self.conv(x)))
+            y = self.norm(self.rounded(self.more(torch.relu(y)))).flatten(1)
+            return y.argsort(1) if kind == "rank" else y
+
+    verdict = ds.verify(Odd(False), Odd(kind != "rank"))
+    assert verdict.ok, str(verdict)
+    assert not any("faint" in label for label in verdict.inputs)
+    assert any("faint" in note for note in verdict.notes)
+
+
+def test_numbers_that_are_no_floats_cannot_be_faint(path: Path) -> None:
+    model = nn.Embedding(11, 4)
+    assert ds.verify(model, model).inputs[-1] == "seed 2, batch 3"
 
 
 # Outputs
@@ -596,9 +699,24 @@ def test_arguments_of_the_wrong_kind(path: Path) -> None:
         ds.verify(net(), path, provider="tpu")
     with pytest.raises(ArgumentError, match="the candidate is a module"):
         ds.verify(net(), net(), provider="cuda")
-    for options in ({"seeds": ()}, {"seeds": (-1,)}, {"batch_sizes": ()}, {"batch_sizes": (0,)}):
+    for options in (
+        *({"seeds": ()}, {"seeds": (-1,)}, {"seeds": (2**70,)}, {"seeds": "12"}),
+        *({"batch_sizes": ()}, {"batch_sizes": (0,)}, {"batch_sizes": (1.5,)}),
+    ):
         with pytest.raises(ArgumentError, match=next(iter(options))):
             ds.verify(net(), path, **options)  # type: ignore[arg-type]
+    for name in ("seeds", "batch_sizes"):
+        with pytest.raises(ArgumentTypeError, match=f"{name} is 3"):
+            ds.verify(net(), path, **{name: 3})  # type: ignore[arg-type]
+    for provider in (None, [], 3):
+        with pytest.raises(ArgumentError, match="provider is"):
+            ds.verify(net(), path, provider=provider)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match="gate is a float"):
+        ds.verify(net(), path, gate=3.0)  # type: ignore[arg-type]
+    for name in ("a" * 400, "a\0.onnx", ""):
+        with pytest.raises(VerifyError):
+            ds.verify(net(), name)
+    assert ds.verify(net(), path, seeds=iter([0]), batch_sizes=range(1, 3)).ok  # type: ignore[arg-type]
 
 
 def test_a_provider_that_is_missing(path: Path) -> None:

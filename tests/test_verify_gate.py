@@ -105,6 +105,23 @@ def test_an_offset_below_the_noise_shows_in_the_mean() -> None:
     assert not found["mean"].ok
 
 
+@pytest.mark.parametrize("limit", [0, -1.0, math.inf, math.nan, "3", None])
+def test_limits_are_positive_numbers(limit: object) -> None:
+    with pytest.raises(ArgumentError, match=r"Gate\.typical is"):
+        Gate(typical=limit)  # type: ignore[arg-type]
+
+
+def test_a_reference_that_keeps_its_digits() -> None:
+    known = tally(*(noisy(seed) for seed in range(3)))
+    native, wide, _ = noisy(7)
+    assert known.keeps_digits(native * 2.0**-40, wide * 2.0**-40)
+    assert not known.keeps_digits(native * 2.0**-80, wide * 2.0**-80)
+    assert not known.keeps_digits(native, wide * (1 + 1e-4))
+    assert not known.keeps_digits(torch.full_like(native, math.nan), wide)
+    assert not known.keeps_digits(torch.zeros_like(native), torch.zeros_like(wide))
+    assert not Tally(torch.float32).keeps_digits(native, wide)
+
+
 def test_an_output_of_zeros() -> None:
     zeros = torch.zeros(2, 5)
     assert all(r.ok for r in ratios((zeros, zeros.double(), zeros)).values())

@@ -50,12 +50,34 @@ class Case:
         args, kwargs: the arguments of forward.
         optional: whether a reference that cannot run it only leaves it out: a batch size that
             nobody promised to accept.
+        faint: whether its numbers are next to zero; see `faint`.
     """
 
     label: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     optional: bool = False
+    faint: bool = False
+
+
+def faint(case: Case) -> Case | None:
+    """Return a case with its floats shrunk to next to nothing, or None where it has no floats.
+
+    What a layer adds on its own (a bias, a mean, an epsilon) is lost in float32 beside activations
+    that are ten million times larger, as they are at the end of a deep residual network with
+    fresh weights. With faint inputs the activations are small, and such terms are what is left.
+    """
+    if not any(isinstance(t, Tensor) and t.is_floating_point() for t in _leaves(case)):
+        return None
+
+    def shrink(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        # float16 has no numbers much below 2**-20: there the activations would lose their digits.
+        return leaf * (2.0**-10 if leaf.dtype == torch.float16 else 2.0**-20)
+
+    args, kwargs = pytree.tree_map(shrink, (case.args, dict(case.kwargs)))
+    return Case(f"{case.label}, faint", args, kwargs, optional=True, faint=True)
 
 
 def random_cases(

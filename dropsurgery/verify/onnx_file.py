@@ -101,10 +101,13 @@ class OnnxRunner:
 def _read(path: Path) -> Any:
     import onnx
 
-    if not path.is_file():
-        raise VerifyError(
-            "there is no such file" if not path.exists() else "this is no file", where=str(path)
-        )
+    try:
+        missing = "" if path.is_file() else "this is no file"
+        missing = missing if path.exists() else "there is no such file"
+    except OSError as error:  # a name that no file can have
+        missing = f"the file cannot be read: {error.strerror or error}"
+    if missing:
+        raise VerifyError(missing, where=str(path), fix="check the path")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf has error classes of its own

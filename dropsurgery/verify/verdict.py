@@ -35,6 +35,7 @@ class OutputVerdict:
             that differ.
         ratios: candidate's error over the reference's, four ways, with their limits; see `Gate`.
         reason: why it did not pass; "" where it did.
+        varies: whether it is another one for other inputs; if not, nothing before it was tested.
     """
 
     name: str
@@ -46,6 +47,7 @@ class OutputVerdict:
     candidate_error: float | None
     ratios: tuple[Ratio, ...]
     reason: str = ""
+    varies: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,20 @@ class Verdict:
     def __bool__(self) -> bool:
         return self.ok
 
+    @property
+    def tested(self) -> bool:
+        """Whether some output depends on the inputs; if none does, `ok` says next to nothing."""
+        return any(output.varies for output in self.outputs)
+
+    @property
+    def conclusion(self) -> str:
+        """The verdict in words, as it is printed."""
+        if not self.ok:
+            return "NOT EQUIVALENT"
+        if not self.tested:
+            return "EQUIVALENT, but the output is constant: nothing before it was tested"
+        return "EQUIVALENT"
+
     def __str__(self) -> str:
         return "\n".join(self._lines(120))
 
@@ -94,7 +110,9 @@ class Verdict:
         lines += [f"problem: {problem}" for problem in self.problems]
         lines += [f"{o.name}: {o.reason}" for o in self.outputs if o.reason]
         lines += [f"note: {note}" for note in self.notes]
-        return [*lines, "EQUIVALENT" if self.ok else "NOT EQUIVALENT"]
+        # What makes the verdict worthless stands first as well as last.
+        warning = [self.conclusion] if self.ok and not self.tested else []
+        return [*warning, *lines, self.conclusion]
 
     def _outputs(self, width: int) -> str:
         facts, rows = ("output", "dtype", "shape", "own error", "error"), []
@@ -110,7 +128,11 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain data for `json.dumps`."""
-        return dataclasses.asdict(self)
+        return {
+            "conclusion": self.conclusion,
+            "tested": self.tested,
+            **dataclasses.asdict(self),
+        }
 
 
 def _wrapped(text: str, width: int) -> str:
