@@ -215,8 +215,9 @@ def _rules(
             yield {"rule": name, "unit": unit, "rate": rate, "depths": list(depths)}
 
 
-# timm's calculate_drop_path_rates rounds its rates to float32, and the last bit of an output shows.
-FLOAT32 = "linspace in float32"
+# Most timm families take their rates from torch.linspace, in float32; the last bit of an output
+# shows which of the two it was.
+SINGLE = "linspace, single"
 RULES = ("linspace", "efficientnet", "constant", "linear", "per_stage")
 
 
@@ -224,8 +225,8 @@ def make_rule(name: str, final: float, depths: tuple[int, ...] = ()) -> ds.survi
     """Return a rule of dropsurgery by name."""
     if name == "per_stage":
         return ds.survival.per_stage(final, depths)
-    if name == FLOAT32:
-        return lambda l, L: 1.0 - torch.linspace(0, 1.0 - final, L)[l - 1].item()
+    if name == SINGLE:
+        return ds.survival.linspace(final, single=True)
     return ds.survival.by_name(name, final)
 
 
@@ -352,7 +353,7 @@ def _same_training(
     expected = _seeded(native.train(), x)
     best: Row = {}
     choices = oracle["rules"][:TRIED]
-    rounded = [{**rule, "rule": FLOAT32} for rule in choices if rule["rule"] == "linspace"]
+    rounded = [{**rule, "rule": SINGLE} for rule in choices if rule["rule"] == "linspace"]
     for choice in (*choices, *rounded, {"rule": "table", "unit": "add"}):
         if choice["rule"] == "table":
             net = _by_table(plain, oracle, option)
