@@ -33,7 +33,10 @@ def clone_structure(model: nn.Module) -> nn.Module:
         clone = clones[id(module)]
         if clone is not module:
             clone.__dict__.update(
-                {name: _remap(value, clones) for name, value in module.__dict__.items()}
+                {
+                    name: value if type(value) in _ATOMS else _remap(value, clones)
+                    for name, value in module.__dict__.items()
+                }
             )
     return clones[id(model)]
 
@@ -43,6 +46,8 @@ def _remap(value: Any, clones: dict[int, nn.Module]) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return value
+    if kind in (dict, OrderedDict) and not value:
+        return kind()
     if isinstance(value, nn.Module):
         return clones.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:

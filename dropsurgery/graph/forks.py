@@ -8,6 +8,7 @@ that is asked about, so that a fork is found in time proportional to its branch.
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,8 +93,7 @@ class Flow:
         for node, identity, light in self._behind(skip):
             if node is branch:
                 return None  # the skip is computed from it: if at all, they change places
-            if ancestors.holds(node):
-                region = self._region(node, ancestors)
+            if ancestors.holds(node) and (region := self._region(node, ancestors)):
                 return Fork(node, skip, branch, identity, light, region, self._affine(region))
         return None
 
@@ -101,7 +101,8 @@ class Flow:
         """Yield (node, identity, light) for the nodes that all of a skip comes from, latest first.
 
         Where a skip is put together from parts (a class token and pooled patches), only nodes that
-        every part comes from are yielded: those at which nothing earlier is left to visit.
+        every part comes from are yielded: those at which nothing earlier is left to visit. A part
+        that ends shares nothing earlier with the others.
         """
         heap = [-self.index[skip]]
         seen = {skip}
@@ -114,7 +115,10 @@ class Flow:
             same = self.kind(node) in _SAME_VALUES or node in self.streams
             identity = identity and same
             light = light and (same or self._is_batchnorm(node))
-            for value in self._before(node):
+            before = self._before(node)
+            if heap and not before:
+                return
+            for value in before:
                 if self._is_part(node, value):
                     # A part of a tuple is no skip of the whole; all parts together are.
                     left = missing.setdefault(value, set(value.users))
@@ -133,7 +137,7 @@ class Flow:
         kind, before = self.kind(node), self.data(node)
         if kind is Kind.CONCAT:
             return before
-        if len(before) != 1:
+        if len(before) != 1 or _adds_an_axis(node):
             return []
         if kind is Kind.ITEM and self._is_tuple(before[0]):
             return before if self.kind(before[0]) is Kind.SPLIT else []
@@ -160,15 +164,20 @@ class Flow:
         return name in ("mul", "imul", "div", "truediv", "itruediv")
 
     def _region(self, fork: fx.Node, ancestors: _Ancestors) -> list[fx.Node]:
-        """Return the nodes on the paths from `fork` (left out) to the branch operand, in order."""
+        """Return the nodes on the paths from `fork` (left out) to the branch operand, in order.
+
+        A residual add hands on what its skip carries: a position table that was added inside the
+        branch of an earlier block is no fork of the stream. Empty where no path is left.
+        """
         start = self.index[fork]
         members = (n for n in ancestors.seen if self.index[n] > start)
         reached, region = {fork}, []
         for node in sorted(members, key=self.index.__getitem__):
-            if any(value in reached for value in self.data(node)):
+            carried = [self.streams[node]] if node in self.streams else self.data(node)
+            if any(value in reached for value in carried):
                 reached.add(node)
                 region.append(node)
-        return region
+        return region if region and region[-1] is ancestors.node else []
 
     def _affine(self, region: list[fx.Node]) -> bool:
         return all(
@@ -214,11 +223,20 @@ class Flow:
         return last.target is F.scaled_dot_product_attention
 
 
+def _adds_an_axis(node: fx.Node) -> bool:
+    """Say whether a value gets a new axis, as an embedding does before it is spread over a map."""
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return any(part is None for part in index)
+    return node.target in ("unsqueeze", torch.unsqueeze)
+
+
 class _Ancestors:
     """The ancestors of a node, expanded backwards only as far as is asked."""
 
     def __init__(self, flow: Flow, node: fx.Node) -> None:
         self.flow = flow
+        self.node = node
         self.seen = {node}
         self.heap = [-flow.index[node]]
 

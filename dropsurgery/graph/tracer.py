@@ -133,7 +133,7 @@ class ModeTracer(fx.Tracer):
         self.branched = False
         self.branching: set[str] = set()
         self.layers: dict[str, nn.Module] = {}
-        self._whole: set[nn.Module] = set()
+        self._is_whole: dict[nn.Module, bool] = {}
         self._running: list[nn.Module] = []
         self._entered: list[_Surroundings] = []
         self._proxies: dict[str, fx.Proxy] = {}
@@ -176,7 +176,9 @@ class ModeTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module stays whole."""
-        return m in self._whole or self.leaves(m, module_qualified_name)
+        if m not in self._is_whole:
+            self._is_whole[m] = self.leaves(m, module_qualified_name)
+        return self._is_whole[m]
 
     def call_module(
         self,
@@ -190,6 +192,7 @@ class ModeTracer(fx.Tracer):
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
+        layers = dict(self.layers)
         before = _surroundings(m)
         self._running.append(m)
         self._entered.append(before)
@@ -200,11 +203,12 @@ class ModeTracer(fx.Tracer):
             if signal.module is not m:
                 raise
             self._undo(last)
+            self.layers = layers
             path = self.path_of_module(m)
             if self.module_stack and next(reversed(self.module_stack.values()))[0] == path:
                 self.module_stack.popitem(last=True)
             self.num_calls[path] -= 1
-            self._whole.add(m)
+            self._is_whole[m] = True
         else:
             return result
         finally:
