@@ -34,17 +34,6 @@ _SITES: Mapping[str, str] = {
         "The depthwise branches are linear, so that they are sites only on request; the same "
         "request brings the depthwise branches of PatchMerging, which the authors do not drop."
     ),
-    "timm:mobileone*": (
-        "The branch is a sum of convolutions and the skip a BatchNorm: everything is linear up to "
-        "the activation that follows the add."
-    ),
-    "timm:mvitv2*": (
-        "The first block of a stage pools its skip and projects it from the normalised input."
-    ),
-    "torchvision:mvit*": (
-        "The skip is pooled with its class token split off and concatenated again, inside "
-        "functions that torchvision keeps from being traced."
-    ),
 }
 
 _RATES: Mapping[str, str] = {
@@ -67,18 +56,16 @@ _RATES: Mapping[str, str] = {
         "The rates count the blocks alone, without the attention downsample that where= leaves out."
     ),
     "timm:volo*": (
-        "The first stage (outlook attention) is at rate 0, the others go on counting from its "
-        "end, and the class-attention blocks that where= leaves out are not counted."
-    ),
-    "timm:iformer*": (
-        "The rates count every block of a stage, with residual or not; the sites are in a module "
-        "inside the block."
+        "The outlook blocks of the first stage are built without a rate, the others go on counting "
+        "from their end, and the class-attention blocks that where= leaves out are not counted."
     ),
     "timm:lowformer*": (
-        "The rates count every block, the stem's among them; its branches are modules inside it."
+        "The rates count every block, also the strided ones, which have no skip; the three "
+        "branches of a block are modules inside it and share its rate."
     ),
     "timm:cpubone*": (
-        "The rates count every block, the stem's among them; its branches are modules inside it."
+        "The rates count every block, also the strided ones, which have no skip; the three "
+        "branches of a block are modules inside it and share its rate."
     ),
     "timm:rexnet*": (
         "timm drops the block's whole output, also the channels that no skip is added to."
