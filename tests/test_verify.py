@@ -542,7 +542,7 @@ def test_a_reference_without_digits_is_no_yardstick() -> None:
             self.shift = shift
 
         def forward(self, x: Tensor) -> Tensor:
-            return (x + 30000) - 30000 + self.shift
+            return (x + 300000) - 300000 + self.shift
 
     verdict = ds.verify(Cancelling(0.0), Cancelling(1e-3), torch.randn(4, 5))
     assert not verdict.ok
