@@ -128,12 +128,8 @@ def main() -> None:
             rows.append(
                 (name, ours, theirs, measured, f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", asked)
             )
-        peaks = [
-            float(subprocess.run(
-                [sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True
-            ).stdout)
-            for _ in range(3)
-        ]  # fmt: skip
+        command = [sys.executable, __file__, "--peak", name]
+        peaks = [float(subprocess.check_output(command, text=True)) for _ in range(3)]
         peak = statistics.median(peaks)
         span = f"{min(peaks):.2f} to {max(peaks):.2f}"
         rows.append((name, "peak memory of slim", "model size", "", f"{peak:.2f}", span, 2.5))

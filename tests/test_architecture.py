@@ -59,7 +59,16 @@ def test_imports_point_one_way() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    heavy = ("onnx", "onnxruntime", "onnxscript", "torchvision", "timm", "rich", "typer", "matplotlib")
+    heavy = [
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "torchvision",
+        "timm",
+        "rich",
+        "typer",
+        "matplotlib",
+    ]
     code = f"import sys, dropsurgery; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
