@@ -423,5 +423,5 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 def _one_line(error: object) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:500]

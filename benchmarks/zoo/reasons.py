@@ -67,6 +67,13 @@ _RATES: Mapping[str, str] = {
         "The rates count every block, also the strided ones, which have no skip; the three "
         "branches of a block are modules inside it and share its rate."
     ),
+    "timm:davit*": (
+        "A spatial and a channel block are a pair at one rate, which per_stage gives; timm rounds "
+        "it to float32."
+    ),
+    "timm:poolformer*": (
+        "timm drops the branch before its layer scale, dropsurgery after it: equal but for rounding."
+    ),
     "timm:rexnet*": (
         "timm drops the block's whole output, also the channels that no skip is added to."
     ),
