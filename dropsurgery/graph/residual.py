@@ -189,7 +189,7 @@ class _Analysis:
         if not operands:
             return None, "constant: no operand depends on the network's input"
         if len(operands) == 1:
-            if sum(value is operands[0] for value in add.args) > 1:
+            if sum(value is operands[0] for value in (*add.args, *add.kwargs.values())) > 1:
                 return None, "adds a tensor to itself"
             others = [v for v in add.all_input_nodes if flow.roles[v] is Role.CONSTANT]
             what = f"the constant '{others[0].name}'" if others else "a number"

@@ -60,6 +60,10 @@ def trace(
     Arguments of `forward` that have defaults are fixed at them, unless `example_inputs` gives them;
     they are then no inputs of the graph.
 
+    Two things of Python do not reach a graph: `x += y` becomes `x = x + y`, as in every fx trace
+    (write `x.add_(y)` where another name of x must see the sum), and numbers that a forward counts
+    in attributes of its module keep the value of the moment.
+
     Args:
         model: the network, in either mode. A GraphModule is copied, not traced again.
         example_inputs: a tensor, a sequence of positional arguments or a mapping of arguments by
