@@ -356,8 +356,7 @@ def _two(n: Operation, x: Tensor, m: Tensor) -> Tensor:
 
 
 def _twice(n: Operation, x: Tensor, m: Tensor) -> Tensor:
-    how = n.how if "keyword" not in n.how.add else PLAIN
-    return term(x, x, how, "adds a tensor to itself") * 0.5
+    return n.term(x, x, "adds a tensor to itself") * 0.5
 
 
 def _constants(n: Operation, x: Tensor, m: Tensor) -> Tensor:
