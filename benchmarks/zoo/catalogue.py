@@ -193,7 +193,8 @@ def default_size(entry: Entry, model: nn.Module) -> tuple[int, ...]:
     if entry.family.startswith("video"):
         side = 112 if entry.family.endswith("resnet") else 224
         return (3, 16, side, side)
-    return (3, 299, 299) if entry.name == "inception_v3" else (3, 224, 224)
+    side = {"inception_v3": 299, "ssd300_vgg16": 300}.get(entry.name, 224)
+    return (3, side, side)
 
 
 def input_shapes(entry: Entry, model: nn.Module) -> Iterator[tuple[tuple[int, ...], int | None]]:

@@ -72,7 +72,7 @@ _RATES: Mapping[str, str] = {
         "it to float32."
     ),
     "timm:poolformer*": (
-        "timm drops the branch before its layer scale, dropsurgery after it: equal but for rounding."
+        "timm drops the branch before its layer scale, dropsurgery after it: equal up to rounding."
     ),
     "timm:rexnet*": (
         "timm drops the block's whole output, also the channels that no skip is added to."
