@@ -294,3 +294,23 @@ def test_a_model_has_a_process_a_time_limit_and_a_row_that_is_kept(tmp_path: Pat
     made = sweep.run(SMOKE[:1], tmp_path, structure_only=True)
     assert [row["status"] for row in made] == ["ok"]
     assert sweep.run(SMOKE[:1], tmp_path, structure_only=True, timeout=0.001) == made
+
+
+def test_the_written_results_keep_what_the_project_asks_for() -> None:
+    rows = json.loads((sweep.ROOT / "docs" / "zoo.json").read_text())["models"]
+    assert {f"{row['source']}:{row['name']}" for row in rows} == {
+        entry.label for entry in catalogue.entries()
+    }
+    judged = [row for row in page.judged(rows, "timm") if row["name"] in catalogue.sample()]
+    for which, what, share in (
+        ("best", "found", 0.95),
+        ("best", "exact", 0.90),
+        ("default", "exact", 0.80),
+    ):
+        assert sum(row["oracle"][which][what] for row in judged) >= share * len(judged)
+    for row in page.judged(rows, "torchvision"):
+        assert row["oracle"]["default"]["exact"], row["name"]
+    for row in rows:
+        assert row["status"] == "ok", row["name"]
+        assert all(row["run"][key] for key in page.PROMISES if "run" in row), row["name"]
+    assert "no reason is written down" not in page.write(rows, {})

@@ -27,12 +27,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.choose:
         catalogue.choose()
-    models = sweep.matching(catalogue.entries(), options.only)
-    if not models:
+    chosen = sweep.matching(catalogue.entries(), options.only)
+    if not chosen:
         parser.error(f"no model matches {options.only!r}")
     cache = options.cache / ("structure" if options.structure_only else "full")
     rows = sweep.run(
-        models,
+        chosen,
         cache,
         structure_only=options.structure_only,
         timeout=options.timeout,
@@ -41,7 +41,8 @@ def main() -> None:
     whole = options.only is None and not options.structure_only
     if whole:
         options.output.mkdir(exist_ok=True)
-        data = {"versions": sweep.versions(), "models": rows}
+        models = [{k: v for k, v in row.items() if k != "fingerprint"} for row in rows]
+        data = {"versions": sweep.versions(), "models": models}
         (options.output / "zoo.json").write_text(json.dumps(data, indent=1) + "\n")
         (options.output / "zoo.md").write_text(page.write(rows, sweep.versions()))
     print(page.short(rows))

@@ -66,6 +66,12 @@ def entries() -> list[Entry]:
     return [*_timm_entries(), *_torchvision_entries()]
 
 
+def sample() -> set[str]:
+    """Return the timm models that stand for their families."""
+    families: dict[str, list[str]] = json.loads(CHOSEN.read_text())["families"]
+    return {name for names in families.values() for name in names}
+
+
 def timm_families() -> dict[str, list[str]]:
     """Return timm's registry: the architectures of each module that defines models."""
     import_timm()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.zoo import reasons
+from benchmarks.zoo import catalogue, reasons
 from benchmarks.zoo.catalogue import META_ONLY, RATE
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ PROMISES = {
 INTRODUCTION = f"""\
 Does dropsurgery find the residual branches that the authors of a network found worth dropping? Here
 it is asked of every model family of timm (the two smallest models each, timm's own miniatures
-`test_*` aside, and a few more) and of every classification, segmentation, video and
+`test_*` aside, and a few that the percentages leave out) and of every classification, segmentation, video and
 detection-backbone model of torchvision. The page is written by `make zoo`
 (`python -m benchmarks.zoo`); `zoo.json` beside it holds the same for machines.
 
@@ -107,7 +107,9 @@ def judged(rows: Iterable[Row], source: str | None = None) -> list[Row]:
 
 
 def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    timm, all_judged = judged(rows, "timm"), judged(rows)
+    sample = catalogue.sample()
+    timm = [row for row in judged(rows, "timm") if row["name"] in sample]
+    all_judged = judged(rows)
     exact = [row for row in all_judged if row["oracle"]["best"]["exact"]]
     run = [row for row in exact if "train" in row.get("run", {})]
     named = [
@@ -120,15 +122,15 @@ def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     return [
         (f"models (timm: {families} families)", "", str(len(rows))),
         ("traced", "", _share(len(traced), len(rows))),
-        ("timm, every native site found", "≥ 95 %",
+        ("timm, two a family: every native site found, by default or with one option", "≥ 95 %",
          _share(_count(timm, "best", "found"), len(timm))),
-        ("timm, exact, by default or with one option", "≥ 90 %",
+        ("… exact, by default or with one option", "≥ 90 %",
          _share(_count(timm, "best", "exact"), len(timm))),
-        ("timm, exact by default", "≥ 80 %",
+        ("… exact by default", "≥ 80 %",
          _share(_count(timm, "default", "exact"), len(timm))),
         ("torchvision EfficientNet, ConvNeXt, Swin, MViT, MaxViT, exact", "all",
          _share(_count(named, "best", "exact"), len(named))),
-        ("… of these by default", "", _share(_count(named, "default", "exact"), len(named))),
+        ("… exact by default", "", _share(_count(named, "default", "exact"), len(named))),
         ("exact ones: a rule and unit give all native rates", "",
          _share(sum(bool(row["oracle"].get("rules")) for row in exact), len(exact))),
         ("exact ones that were run: training output bit-identical by a rule", "≥ 80 %",
