@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 import time
@@ -167,8 +168,6 @@ def _best_option(
 
 
 def _chosen(sites: Mapping[Key, Site], where: tuple[str, ...]) -> dict[Key, Site]:
-    import fnmatch
-
     return {
         key: site
         for key, site in sites.items()

@@ -36,8 +36,8 @@ PROMISES = {
 INTRODUCTION = f"""\
 Does dropsurgery find the residual branches that the authors of a network found worth dropping? Here
 it is asked of every model family of timm (the two smallest models each, timm's own miniatures
-`test_*` aside, and a few that the percentages leave out) and of every classification, segmentation, video and
-detection-backbone model of torchvision. The page is written by `make zoo`
+`test_*` aside, and a few that the percentages leave out) and of every classification, segmentation,
+video and detection-backbone model of torchvision. The page is written by `make zoo`
 (`python -m benchmarks.zoo`); `zoo.json` beside it holds the same for machines.
 
 **The oracle.** Many of these networks can be built with stochastic depth by their own authors. Each
