@@ -42,6 +42,7 @@ from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.base import Result
 from dropsurgery.report import census, json_text, onnx_census, skips_text, write_whole
+from dropsurgery.surgery import SLIM
 from dropsurgery.tables import render
 
 if TYPE_CHECKING:
@@ -171,9 +172,7 @@ def slim(
     """
     with _working(f"slimming {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        result = ds.apply(
-            loaded.module, ds.ConvertDropout("identity", always_on=False), ds.FoldBatchNorm()
-        )
+        result = ds.apply(loaded.module, *SLIM)
         if output is not None:
             ds.save(result.module, output)
     return _tell(result, output, model, every, as_json)

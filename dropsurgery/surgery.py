@@ -9,15 +9,23 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery import survival
-from dropsurgery.graph.trace import trace
 from dropsurgery.layers.drop_path import Mode
-from dropsurgery.passes.base import apply, run
+from dropsurgery.passes.base import Pass, apply
 from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from dropsurgery.passes.inference import DropUnused, KeepEval
 
 logger = logging.getLogger("dropsurgery")
+
+
+# What `slim` is made of; `apply(model, *SLIM)` also tells what was done.
+SLIM: tuple[Pass, ...] = (
+    KeepEval(),
+    ConvertDropout("identity", always_on=False),
+    FoldBatchNorm(),
+    DropUnused(),
+)
 
 
 def retrofit(
@@ -88,12 +96,4 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     Raises:
         TraceError: the network cannot be turned into a graph.
     """
-    module = trace(model, example_inputs=example_inputs)
-    for item in (
-        KeepEval(),
-        ConvertDropout("identity", always_on=False),
-        FoldBatchNorm(),
-        DropUnused(),
-    ):
-        run(item, module)
-    return module
+    return apply(model, *SLIM, example_inputs=example_inputs).module

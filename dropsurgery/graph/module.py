@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,29 +99,24 @@ def nodes_by_target(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     return users
 
 
-def module_aliases(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) for every path, so that a shared module appears once per path."""
-    yield from module.named_modules(remove_duplicate=False)
-
-
 def history(module: fx.GraphModule) -> dict[str, Any]:
     """Return the record of a surgery: {"source": class of the original, "passes": [JSON, …]}."""
     record: dict[str, Any] = module.meta.setdefault(HISTORY, {"source": "", "passes": []})
     return record
 
 
-def fresh_path(prefix: str, name: str, taken: Callable[[str, str], bool]) -> str:
-    """Return the first of `prefix.name`, `prefix.name_1`, … that is not taken(path, name)."""
+def fresh_path(owner: nn.Module, prefix: str, name: str, taken: Collection[str] = ()) -> str:
+    """Return the first free path of `prefix.name`, `prefix.name_1`, ….
 
-    def candidates() -> Iterator[str]:
-        yield name
-        number = 1
-        while True:
-            yield f"{name}_{number}"
-            number += 1
-
-    for candidate in candidates():
+    Args:
+        owner: the module at `prefix`; an attribute of the name, even None, is not free.
+        prefix: its dotted path, "" for the root.
+        name: the name to start from.
+        taken: paths that are promised already.
+    """
+    for number in itertools.count():
+        candidate = f"{name}_{number}" if number else name
         path = f"{prefix}.{candidate}" if prefix else candidate
-        if not taken(path, candidate):
+        if path not in taken and not hasattr(owner, candidate):
             return path
-    raise AssertionError("the candidates never end")
+    raise AssertionError("the numbers never end")

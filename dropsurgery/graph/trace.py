@@ -7,7 +7,6 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +381,7 @@ def _by_turn(graph: fx.Graph) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
 def _new_path(node: fx.Node, layers: dict[str, nn.Module], root: nn.Module) -> str:
     prefix, _ = owner_call(node)
     name = getattr(node.target, "__name__", "call")
-    return fresh_path(prefix, name, partial(_taken, root.get_submodule(prefix), layers))
+    return fresh_path(root.get_submodule(prefix), prefix, name, layers)
 
 
 def _become_call(
@@ -392,10 +391,6 @@ def _become_call(
     stack = node.meta.get("nn_module_stack") or {}
     node.op, node.target, node.args, node.kwargs = "call_module", path, args, kwargs
     node.meta["nn_module_stack"] = {**stack, path: (path, type(layer))}
-
-
-def _taken(owner: nn.Module, layers: dict[str, nn.Module], path: str, name: str) -> bool:
-    return hasattr(owner, name) or path in layers
 
 
 def _equal(left: Any, right: Any) -> bool:

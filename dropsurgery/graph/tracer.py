@@ -369,7 +369,7 @@ class ModeTracer(fx.Tracer):
         """Call a new layer from the module that is running, under a fresh name."""
         owner = self._running[-1]
         prefix = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
-        path = fresh_path(prefix, name, lambda p, n: hasattr(owner, n) or p in self.layers)
+        path = fresh_path(owner, prefix, name, self.layers)
         self.layers[path] = layer
         self.module_stack[path] = (path, type(layer))
         try:

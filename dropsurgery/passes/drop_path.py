@@ -146,7 +146,11 @@ class InsertDropPath(Pass):
                 reason = f"the add overwrites its branch in place, which '{alias.name}' shares and "
                 skipped.append(Skip(site.module, site.add, f"{reason}others read afterwards"))
                 continue
-            path = _target(module, site) if retune else _fresh(module, site.module, taken)
+            path = (
+                _target(module, site)
+                if retune
+                else fresh_path(module.get_submodule(site.module), site.module, "drop_path", taken)
+            )
             taken.add(path)
             steps += [_Step(g, s, path, p, retune, total) for g, s in twins]
             verb = "set" if site.native else "inserted"
@@ -350,12 +354,6 @@ def _aliased(module: fx.GraphModule, add: fx.Node, branch: fx.Node) -> fx.Node |
         shared.update(pending)
     others = shared - {branch}
     return next((node for node in others if _late_readers(module, add, node)), None)
-
-
-def _fresh(module: nn.Module, owner: str, taken: set[str]) -> str:
-    """Return a path for a new layer in `owner`; an attribute of that name, even None, is taken."""
-    holder = module.get_submodule(owner)
-    return fresh_path(owner, "drop_path", lambda path, name: path in taken or hasattr(holder, name))
 
 
 def _table(rule: rules.Rule, total: int) -> rules.Table:

@@ -371,8 +371,7 @@ class _Planner:
             return None
         prefix, _, name = str(chains[0].producer.target).rpartition(".")
         owner = self.modules[prefix]
-        taken = self.paths
-        path = fresh_path(prefix, f"{name}_folded", lambda p, n: hasattr(owner, n) or p in taken)
+        path = fresh_path(owner, prefix, f"{name}_folded", self.paths)
         self.paths.add(path)
         return path
 
@@ -477,7 +476,7 @@ class _Surgeon(Editor):
             return
         prefix, _, name = target.rpartition(".")
         owner = self.module.get_submodule(prefix)
-        path = fresh_path(prefix, f"{name}_bias", lambda _, n: hasattr(owner, n))
+        path = fresh_path(owner, prefix, f"{name}_bias")
         self.assign(path, bias, old.weight)
         with self.graph.inserting_before(node):
             new = self.graph.get_attr(path)
