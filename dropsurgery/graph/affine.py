@@ -20,6 +20,7 @@ from dropsurgery.graph.leaves import (
     DROP_BLOCKS,
     DROP_PATHS,
     FROZEN_BATCHNORMS,
+    OWN_DROPS,
     forward_owner,
     has_hooks,
 )
@@ -272,7 +273,7 @@ _DROPOUT_FUNCTIONS = frozenset(
         F.feature_alpha_dropout,
     }
 )
-_DROP_FORWARDS = DROP_PATHS | DROP_BLOCKS | {"dropsurgery.layers.dropout.GaussianDropout"}
+_DROP_FORWARDS = DROP_PATHS | DROP_BLOCKS | OWN_DROPS
 
 
 def identity_input(node: fx.Node, called: nn.Module | None) -> fx.Node | None:

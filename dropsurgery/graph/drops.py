@@ -6,8 +6,13 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dropsurgery.graph.leaves import DROP_BLOCKS, DROP_PATHS, PATCH_DROPOUTS, forward_owner
-from dropsurgery.layers.dropout import GaussianDropout
+from dropsurgery.graph.leaves import (
+    DROP_BLOCKS,
+    DROP_PATHS,
+    OWN_DROPS,
+    PATCH_DROPOUTS,
+    forward_owner,
+)
 
 # Names under which projects keep a copy of stochastic depth, and those of its rate.
 _COPIES = frozenset({"DropPath", "StochasticDepth", "DropPathLayer"})
@@ -30,7 +35,7 @@ def is_drop_path(layer: nn.Module) -> bool:
 
 
 def is_drop_block(layer: nn.Module) -> bool:
-    """Say whether a layer is timm's or torchvision's DropBlock."""
+    """Say whether a layer is DropBlock: timm's, torchvision's or ours."""
     return forward_owner(layer) in DROP_BLOCKS
 
 
@@ -40,11 +45,28 @@ def is_patch_dropout(layer: nn.Module) -> bool:
 
 
 def is_drop(layer: nn.Module) -> bool:
-    """Say whether a layer drops in training and returns its input in eval."""
-    if isinstance(layer, _DropoutNd | GaussianDropout):
-        home = forward_owner(layer)
-        return home.startswith(("torch.nn.modules.dropout.", "dropsurgery."))
-    return is_drop_path(layer) or is_drop_block(layer) or forward_owner(layer) in _TOKENS
+    """Say whether a layer drops in training and returns its (first) input in eval."""
+    owner = forward_owner(layer)
+    if isinstance(layer, _DropoutNd) and owner.startswith("torch.nn.modules.dropout."):
+        return True
+    if owner in OWN_DROPS or owner in _TOKENS:
+        return True
+    return is_drop_path(layer) or is_drop_block(layer)
+
+
+def is_classic(layer: nn.Module) -> bool:
+    """Say whether a layer is dropout in its first form, whose eval is a factor."""
+    return forward_owner(layer) == "dropsurgery.layers.classic_dropout.ClassicDropout"
+
+
+def drops_by_place_or_content(layer: nn.Module) -> bool:
+    """Say whether which units a layer drops depends on where they are or what they hold.
+
+    No noise that is independent of both can stand in for it.
+    """
+    owner = forward_owner(layer).removeprefix("dropsurgery.layers.")
+    chosen = ("cutout.Cutout", "weighted_channel_dropout.WeightedChannelDropout")
+    return is_drop_block(layer) or is_patch_dropout(layer) or owner in chosen
 
 
 def rate_name(layer: nn.Module) -> str | None:

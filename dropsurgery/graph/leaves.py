@@ -29,7 +29,24 @@ DROP_BLOCKS = frozenset(
         "timm.layers.drop.DropBlock2d",
         "torchvision.ops.drop_block.DropBlock2d",
         "torchvision.ops.drop_block.DropBlock3d",
+        "dropsurgery.layers.drop_block.DropBlock2d",
+        "dropsurgery.layers.drop_block.DropBlock3d",
     }
+)
+# dropsurgery's own layers that return their (first) input in eval; `ClassicDropout` does not.
+OWN_DROPS = frozenset(
+    f"dropsurgery.layers.{name}"
+    for name in (
+        "cutout.Cutout",
+        "drop_connect.DropConnect",
+        "dropout.GaussianDropout",
+        "seeded_dropout.Dropout",
+        "seeded_dropout.Dropout1d",
+        "seeded_dropout.Dropout2d",
+        "seeded_dropout.Dropout3d",
+        "uniform_dropout.UniformDropout",
+        "weighted_channel_dropout.WeightedChannelDropout",
+    )
 )
 PATCH_DROPOUTS = frozenset(
     {

@@ -18,9 +18,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.graph.drops import is_drop
+from dropsurgery.graph.drops import is_classic, is_drop
 from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import called_module
+from dropsurgery.layers.drop_connect import linear
 
 
 class Kind(Enum):
@@ -89,7 +90,8 @@ _FUNCTIONS: dict[Callable[..., Any], Kind] = {
     **dict.fromkeys((torch.narrow, torch.select, torch.index_select), Kind.SLICE),
     **dict.fromkeys(
         (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
-         F.conv_transpose3d, F.linear, F.batch_norm, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+         F.conv_transpose3d, F.linear, linear, F.batch_norm, F.avg_pool1d, F.avg_pool2d,
+         F.avg_pool3d,
          F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
          F.pad, torch.mean, torch.sum, torch.neg, operator.neg),
         Kind.LINEAR,
@@ -147,7 +149,7 @@ def module_kind(module: nn.Module) -> Kind:
     """Return the kind of a leaf module."""
     if is_drop(module):
         return Kind.DROP
-    if is_one_of(module, FROZEN_BATCHNORMS):
+    if is_classic(module) or is_one_of(module, FROZEN_BATCHNORMS):
         return Kind.LINEAR
     if isinstance(module, _NormBase) and not all(
         module_kind(child) in (Kind.ALIAS, Kind.DROP) for child in module.children()

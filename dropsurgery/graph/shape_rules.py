@@ -30,7 +30,8 @@ from dropsurgery.graph.affine import (
     norm_function,
     norm_ranks,
 )
-from dropsurgery.graph.drops import is_drop_path
+from dropsurgery.graph.drops import is_classic, is_drop_block, is_drop_path
+from dropsurgery.graph.leaves import OWN_DROPS, forward_owner
 from dropsurgery.graph.weighted import conv_axes, conv_function
 
 Shape = tuple[int | None, ...]
@@ -144,7 +145,9 @@ def _module(call: Call, module: nn.Module) -> Shape | None:
         if isinstance(module, cls):
             pair = getattr(module, "return_indices", False)
             return None if pair else windowed(call.input, pool_axes)
-    if isinstance(module, _SAME_SHAPE) or is_drop_path(module):
+    if isinstance(module, _SAME_SHAPE) or is_drop_path(module) or is_drop_block(module):
+        return call.input
+    if is_classic(module) or forward_owner(module) in OWN_DROPS:
         return call.input
     if isinstance(module, _SAME_RANK):
         shape = call.input

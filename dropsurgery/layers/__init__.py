@@ -1,15 +1,35 @@
 """Stochastic layers: what surgery puts into a network."""
 
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
+from dropsurgery.layers.classic_dropout import ClassicDropout
+from dropsurgery.layers.cutout import Cutout
+from dropsurgery.layers.drop_block import DropBlock2d, DropBlock3d
+from dropsurgery.layers.drop_connect import DropConnect
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.layers.dropout import GaussianDropout
 from dropsurgery.layers.functions import Apply, FollowTraining
+from dropsurgery.layers.noise import set_generator
+from dropsurgery.layers.seeded_dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from dropsurgery.layers.uniform_dropout import UniformDropout
+from dropsurgery.layers.weighted_channel_dropout import WeightedChannelDropout
 
 __all__ = [
     "Apply",
+    "ClassicDropout",
+    "Cutout",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropConnect",
     "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "FollowTraining",
     "GaussianDropout",
     "GaussianMultiheadAttention",
     "ScaledDotProductAttention",
+    "UniformDropout",
+    "WeightedChannelDropout",
+    "set_generator",
 ]
