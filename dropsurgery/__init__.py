@@ -49,6 +49,7 @@ What surgery looks like, on the smallest residual network there is::
 from dropsurgery import errors, layers, survival
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
+from dropsurgery.graph.inventory import find_drops
 from dropsurgery.graph.residual import find_residuals
 from dropsurgery.graph.trace import trace
 from dropsurgery.layers import DropPath
@@ -75,6 +76,7 @@ __all__ = [
     "apply",
     "errors",
     "export_onnx",
+    "find_drops",
     "find_residuals",
     "layers",
     "load",
