@@ -17,6 +17,8 @@ from dropsurgery.graph.leaves import (
 # Names under which projects keep a copy of stochastic depth, and those of its rate.
 _COPIES = frozenset({"DropPath", "StochasticDepth", "DropPathLayer"})
 _RATES = ("drop_prob", "p", "prob")
+# The mark in node.meta by which RemoveDrops finds what insertions did; drop paths have their own.
+INSERTED_DROP = "dropsurgery_inserted_drop"
 _TOKENS = frozenset({"timm.layers.patch_dropout.PatchDropout"})
 
 

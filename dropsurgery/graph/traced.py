@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from torch import fx, nn
 
+from dropsurgery.graph.drops import INSERTED_DROP
+
 # Under this key fx finds attributes that a deep copy of a GraphModule keeps.
 _KEPT_BY_DEEPCOPY = "_user_preserved_attributes"
 # Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
@@ -53,7 +55,7 @@ class TracedModule(fx.GraphModule):
 
 
 # What a pickle keeps of node.meta: plain data.
-_PICKLED = frozenset({"nn_module_stack", INSERTED, NATIVE})
+_PICKLED = frozenset({"nn_module_stack", INSERTED, NATIVE, INSERTED_DROP})
 
 
 def _unpickle(

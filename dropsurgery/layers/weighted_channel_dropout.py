@@ -22,8 +22,8 @@ class WeightedChannelDropout(nn.Module):
     4. what is kept is multiplied by Σ scores / Σ kept scores, so that the sum of the scores stays
        what it was.
 
-    The draw and that factor count as constants in the backward pass. In eval, and with p = random_p = 0, the
-    input itself is returned.
+    The draw and that factor count as constants in the backward pass. In eval, and with both
+    probabilities 0, the input itself is returned.
 
     Scores are to be 0 or more, as they are behind a ReLU; a negative one counts as 0, and its
     channel is kept only where nothing else is left.
