@@ -88,7 +88,7 @@ def test_bad_arguments() -> None:
         ds.DropPath("0.5")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="unknown mode 'sample'"):
         ds.DropPath(0.5, "sample")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="floating-point tensor with a batch axis"):
+    with pytest.raises(ArgumentError, match="floating-point tensor with a batch on axis 0"):
         ds.DropPath(0.5).train()(torch.tensor(1.0))
     with pytest.raises(ArgumentError, match=r"torch.int64 of shape \(3,\)"):
         ds.DropPath(0.5).train()(torch.ones(3, dtype=torch.int64))

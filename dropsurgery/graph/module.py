@@ -10,6 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 HISTORY = "dropsurgery"
+# Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
+INSERTED = "dropsurgery_inserted_drop_path"
+NATIVE = "dropsurgery_native_drop_path"
 
 
 @dataclass(frozen=True)

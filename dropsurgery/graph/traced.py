@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from dropsurgery.graph.drops import INSERTED_DROP
+from dropsurgery.graph.lower import compile_graph, lower
+from dropsurgery.graph.module import INSERTED, NATIVE
 
 # Under this key fx finds attributes that a deep copy of a GraphModule keeps.
 _KEPT_BY_DEEPCOPY = "_user_preserved_attributes"
-# Marks in node.meta, by which RemoveDropPath finds what InsertDropPath did.
-INSERTED = "dropsurgery_inserted_drop_path"
-NATIVE = "dropsurgery_native_drop_path"
 
 
 class TracedModule(fx.GraphModule):
@@ -31,6 +31,25 @@ class TracedModule(fx.GraphModule):
         kept = {"_original_class": original, "_version": original._version}
         self.__dict__.update(kept)
         self.meta[_KEPT_BY_DEEPCOPY] = kept
+
+    @property
+    def _itself(self) -> Self:
+        return self
+
+    def recompile(self) -> PythonCode:
+        """Compile the graph as it stands, then what runs in its place; see `graph/lower.py`."""
+        code = super().recompile()
+        lowered = lower(self, self._graph)
+        self.__dict__["_runs"] = ""
+        if lowered is not None:
+            type(self).forward = compile_graph(lowered)
+            self.__dict__["_runs"] = lowered.python_code("self").src
+        return code
+
+    @property
+    def running_code(self) -> str:
+        """The Python code that a call runs: `code`, unless dropped work is left out."""
+        return self._runs or self.code
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of every submodule, as the network's own `train` does it."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.draws import Draws
+from dropsurgery.layers.rows import Rows, along
 from dropsurgery.survival import check_probability
 
-Mode = Literal["row", "batch"]
+Mode = Literal["row", "subset", "batch"]
+
+# Below this drop probability computing a subset costs more than it saves; measured by
+# benchmarks/train_step.py --break-even.
+BREAK_EVEN = 0.05
 
 
 def check_mode(mode: str) -> Mode:
@@ -32,39 +40,116 @@ class DropPath(nn.Module):
     timm draws it: the same seed gives the same output. In eval, and with `drop_prob` 0, the input
     itself is returned. With `drop_prob` 1 the output in training is zero.
 
+    As a layer on its own it masks, in every mode. In a graph that `InsertDropPath` made, the modes
+    "subset" and "batch" do not compute what they drop: the graph is compiled to run the branch
+    between `rows` and the add, or only where it `survives`.
+
     Args:
         drop_prob: probability of dropping, in [0, 1]; one minus the survival probability.
-        mode: "row" draws once for every sample (the leading axis), "batch" once for all of them.
+        mode: "row" draws once for every sample, "batch" once for all of them. "subset" draws how
+            the network's branch is computed: for ceil(B·p) random samples of B, p the survival
+            probability, the last of which counts with the probability that makes every sample
+            survive with p exactly. Where that leaves out no sample, and for a `drop_prob` below
+            `break_even`, it draws like "row".
+        axis: where the batch is.
+        break_even: for "subset", the drop probability from which on it saves time.
+
+    Attributes:
+        draws: where the random numbers come from: None for the global generator, or `Draws`.
+        site: which numbers of `draws` are this layer's.
 
     Shape:
-        Any floating-point tensor of rank 1 or more, leading axis the batch; output the same.
+        Any floating-point tensor of rank 1 or more with the batch on `axis`; output the same.
 
     Raises:
-        ArgumentError: `drop_prob` outside [0, 1], an unknown mode, or (in training) an input of
-            rank 0 or of a dtype that is not floating point.
+        ArgumentError: `drop_prob` or `break_even` outside [0, 1], an unknown mode, or (in
+            training) an input that has no such axis or a dtype that is not floating point.
     """
 
-    def __init__(self, drop_prob: float = 0.0, mode: Mode = "row") -> None:
+    draws: Draws | None
+    site: int
+
+    def __init__(
+        self,
+        drop_prob: float = 0.0,
+        mode: Mode = "row",
+        *,
+        axis: int = 0,
+        break_even: float = BREAK_EVEN,
+    ) -> None:
         super().__init__()
         self.drop_prob = check_probability(drop_prob, "drop_prob")
         self.mode = check_mode(mode)
+        self.axis = axis
+        self.break_even = check_probability(break_even, "break_even")
+        self.draws = None
+        self.site = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` with its branch dropped (training) or as it is (eval)."""
         if not self.training or self.drop_prob == 0.0:
             return x
-        if x.ndim == 0 or not x.is_floating_point():
-            raise ArgumentError(
-                f"DropPath needs a floating-point tensor with a batch axis, got {x.dtype} of "
-                f"shape {tuple(x.shape)}"
-            )
+        self._check(x)
+        count = 1 if self.mode == "batch" else x.shape[self.axis]
+        return x * along(self._mask(x, count, x.dtype), x, self.axis)
+
+    def rows(self, x: Tensor, axis: int = 0) -> Rows | None:
+        """Draw the samples that the branch is computed for.
+
+        Args:
+            x: any tensor that holds the batch.
+            axis: where `x` holds it.
+
+        Returns:
+            None in eval and with `drop_prob` 0.
+        """
+        if not self.training or self.drop_prob == 0.0:
+            return None
+        batch, keep = x.shape[axis], 1.0 - self.drop_prob
+        # The tolerance is for products such as 10 · 0.7, which floats do not hold.
+        count = max(math.ceil(batch * keep - 1e-9), 1)
+        if self.mode != "subset" or self.drop_prob < self.break_even or count >= batch:
+            return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
+        share = batch * keep - (count - 1)
+        whole = share >= 1.0 - 1e-9
+        if self.draws is None:
+            index = torch.randperm(batch, device=x.device)[:count]
+            last = None if whole else torch.rand((), device=x.device) < share
+        else:
+            uniform = self.draws.uniform(batch + 1, self.site, x.device)
+            index = uniform[:batch].argsort()[:count]
+            last = None if whole else uniform[batch] < share
+        return Rows(index, None, last, 1.0 / keep if keep > 0.0 else 0.0)
+
+    def survives(self) -> bool:
+        """Draw, on the host, whether a whole mini-batch keeps the branch; always so in eval."""
+        if not self.training or self.drop_prob == 0.0:
+            return True
         keep = 1.0 - self.drop_prob
-        rows = x.shape[0] if self.mode == "row" else 1
-        mask = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        if keep > 0.0:
-            mask.div_(keep)
-        return x * mask
+        if self.draws is not None:
+            return self.draws.number(self.site) < keep
+        return bool(torch.empty(1).bernoulli_(keep).item())
+
+    def _mask(self, x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Return a (count,) mask of 0 and 1/keep on the device of `x`."""
+        keep = 1.0 - self.drop_prob
+        if self.draws is not None:
+            mask = (self.draws.uniform(count, self.site, x.device) < keep).to(dtype)
+        elif torch.compiler.is_compiling():
+            # Compiled, `bernoulli_` would hold the probability as a constant.
+            mask = (torch.rand(count, device=x.device) < keep).to(dtype)
+        else:
+            mask = torch.empty(count, dtype=dtype, device=x.device).bernoulli_(keep)
+        return mask.div_(keep) if keep > 0.0 else mask
+
+    def _check(self, x: Tensor) -> None:
+        if not -x.ndim <= self.axis < x.ndim or not x.is_floating_point():
+            raise ArgumentError(
+                f"DropPath needs a floating-point tensor with a batch on axis {self.axis}, got "
+                f"{x.dtype} of shape {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """Return the parameters for `repr`."""
-        return f"drop_prob={self.drop_prob:.4g}, mode={self.mode!r}"
+        axis = f", axis={self.axis}" if self.axis else ""
+        return f"drop_prob={self.drop_prob:.4g}, mode={self.mode!r}{axis}"

@@ -13,6 +13,8 @@ from dropsurgery import survival as rules
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.drops import is_drop_path, rate, set_rate
 from dropsurgery.graph.module import (
+    INSERTED,
+    NATIVE,
     Skip,
     fresh_path,
     graphs,
@@ -22,10 +24,11 @@ from dropsurgery.graph.module import (
 )
 from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
 from dropsurgery.graph.residual import Residuals, Site, analyse, check_include
-from dropsurgery.graph.traced import INSERTED, NATIVE
 from dropsurgery.graph.two_mode import TwoModeGraphModule
-from dropsurgery.layers.drop_path import DropPath, Mode, check_mode
+from dropsurgery.layers.drop_path import BREAK_EVEN, DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
+from dropsurgery.passes.saved_work import SavedWork
+from dropsurgery.survival import check_probability
 
 Unit = Literal["block", "add", "position"]
 Where = str | tuple[str, ...] | Callable[[Site], bool] | None
@@ -39,6 +42,7 @@ class _Step:
     site: Site
     path: str
     drop_prob: float
+    mode: Mode
     retune: bool
     total: int
 
@@ -53,7 +57,13 @@ class InsertDropPath(Pass):
 
     Args:
         survival: rule(l, L) → survival probability of block l of L, in [0, 1]; see `ds.survival`.
-        mode: "row" draws once a sample, "batch" once a mini-batch.
+        mode: how a branch is dropped in training. "row": computed for every sample, and masked.
+            "subset": computed for ceil(B·p) random samples of B and added back to them; each
+            sample survives with exactly p, and training saves the rest of the work. BatchNorm in
+            the branch sees the chosen samples only. "batch": one draw a mini-batch, on the host;
+            a dropped branch does not run, and its BatchNorm statistics stay (the paper's form).
+            Where a branch cannot be taken apart from the graph it is masked, and the change says
+            so with the reason.
         unit: what l and L count. "block": residual blocks, whose adds share one l. "add": each add.
             "position": every block of the row that a residual block stands in (`features.1.0`,
             `features.2.3`, …), with residual or not, as EfficientNet's authors count.
@@ -61,6 +71,8 @@ class InsertDropPath(Pass):
             of an add, a tuple of such, or a callable that takes a `Site`.
         count: over which sites l and L count: "all", chosen or not, or "chosen". (Unit "position"
             counts every block there is.)
+        break_even: with mode "subset", sites that drop less than this are masked: taking rows
+            apart costs more than it saves there. In [0, 1].
         include: what else counts as a site: "linear" (adds whose branch is affine), "nested" (long
             skips around other residual sites); see `find_residuals`.
 
@@ -75,9 +87,11 @@ class InsertDropPath(Pass):
     where: Where = None
     include: tuple[str, ...] = ()
     count: Literal["all", "chosen"] = "all"
+    break_even: float = BREAK_EVEN
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
+        check_probability(self.break_even, "break_even")
         if self.unit not in get_args(Unit):
             known = ", ".join(map(repr, get_args(Unit)))
             raise ArgumentError(f"unknown unit {self.unit!r}", fix=f"one of {known}")
@@ -129,6 +143,7 @@ class InsertDropPath(Pass):
         drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         users = nodes_by_target(module)
         by_name = {node.name: node for node in module.graph.nodes}
+        saved = SavedWork(module, self.mode, self.break_even)
         taken: set[str] = set()
         steps, changes, skipped = [], [], list(residuals.skipped)
         for site in residuals.sites:
@@ -152,9 +167,11 @@ class InsertDropPath(Pass):
                 else fresh_path(module.get_submodule(site.module), site.module, "drop_path", taken)
             )
             taken.add(path)
-            steps += [_Step(g, s, path, p, retune, total) for g, s in twins]
+            mode, remark = saved.judge(twins[-1][1], p)
+            steps += [_Step(g, s, path, p, mode, retune, total) for g, s in twins]
             verb = "set" if site.native else "inserted"
-            what = f"{verb} '{path}': block {site.block}, survival {1 - p:.4g}, mode {self.mode!r}"
+            what = f"{verb} '{path}': block {site.block}, survival {1 - p:.4g}, mode {mode!r}"
+            what += remark
             changes.append(Change(site.module, site.add, what))
             if len(twins) < len(found):
                 reason = "the add is not in the training graph, so training cannot drop its branch"
@@ -175,7 +192,7 @@ class InsertDropPath(Pass):
                 self._set_native(module, by_name[step.site.native], step)
                 continue
             if not _has_module(module, step.path):
-                layer = DropPath(step.drop_prob, self.mode)
+                layer = self._layer(step)
                 layer.train(module.get_submodule(step.site.module).training)
                 _add(module, step.path, layer)
             with graph.inserting_before(add):
@@ -193,13 +210,18 @@ class InsertDropPath(Pass):
         if step.retune:
             set_rate(layer, step.drop_prob)
             if hasattr(layer, "mode"):
-                layer.mode = self.mode  # type: ignore[assignment]
+                layer.mode = step.mode
+            if isinstance(layer, DropPath):
+                layer.break_even = self.break_even
             return
         if not _has_module(module, step.path):
-            own = DropPath(step.drop_prob, self.mode)
+            own = self._layer(step)
             own.train(layer.training)
             _add(module, step.path, own)
         node.target = step.path
+
+    def _layer(self, step: _Step) -> DropPath:
+        return DropPath(step.drop_prob, step.mode, break_even=self.break_even)
 
     def _depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
         """Return l of every site, and L."""
@@ -230,7 +252,7 @@ class InsertDropPath(Pass):
         drop_probs: dict[Site, float],
     ) -> bool:
         """Say whether setting this layer's rate gives every site that calls it the right one."""
-        if self.mode != "row" and not hasattr(native, "mode"):
+        if self.mode != "row" and not isinstance(native, DropPath):
             return False
         calls = {node.name for node in users[_target(module, site)]}
         sharers = [s for s in drop_probs if s.native in calls]
@@ -253,6 +275,7 @@ class InsertDropPath(Pass):
             "where": list(where) if isinstance(where, tuple) else where,
             "include": list(self.include),
             "count": self.count,
+            "break_even": self.break_even,
         }
 
     @classmethod
@@ -266,6 +289,7 @@ class InsertDropPath(Pass):
             where=tuple(where) if isinstance(where, list) else where,
             include=tuple(data["include"]),
             count=data["count"],
+            break_even=data["break_even"],
         )
 
 

@@ -1,0 +1,279 @@
+"""From the graph that is read and edited to the one that runs.
+
+A network with drop path has one flat graph: the drop-path layer is a call on the branch, whatever
+its mode. Run as it stands, that graph masks. What is compiled from it does not compute what it
+drops:
+
+- "subset": the chosen rows of what the branch reads are taken before it, and its result is added
+  back to them;
+- "batch": the branch is a function of its own, called only where it survives.
+
+This happens anew at each `recompile`, so that passes, analyses and pickles know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dropsurgery.graph.memory import Memory
+from dropsurgery.graph.module import INSERTED, NATIVE
+from dropsurgery.graph.region import NoRegion, Region, Regions
+from dropsurgery.layers.drop_path import DropPath
+from dropsurgery.layers.rows import Rows, add_rows, like_rows, take_rows
+
+# The attribute under which a traced module gives itself to the functions of its branches.
+ITSELF = "_itself"
+
+
+def lower(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph | None:
+    """Return the graph to run in place of `graph`; None where it is that one itself."""
+    calls = working_calls(module, graph)
+    if not calls:
+        return None
+    regions = Regions(module, graph)
+    found: dict[fx.Node, Region] = {}
+    for node in calls:
+        try:
+            found[node] = region_of(module, regions, node)
+        except NoRegion:
+            continue  # it masks; the pass that chose the mode has said so
+    if not found:
+        return None
+    program = _Program(module, regions.memory, found)
+    return _Builder(program).run(graph)
+
+
+def working_calls(module: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
+    """Return the calls of drop-path layers that a pass set to save work, in order."""
+    calls = []
+    for node in graph.nodes:
+        if node.op == "call_module" and (INSERTED in node.meta or NATIVE in node.meta):
+            layer = module.get_submodule(str(node.target))
+            if isinstance(layer, DropPath) and layer.mode != "row":
+                calls.append(node)
+    return calls
+
+
+def region_of(module: fx.GraphModule, regions: Regions, node: fx.Node) -> Region:
+    """Return the region behind a drop-path call.
+
+    Raises:
+        NoRegion: its branch can only be masked.
+    """
+    layer = module.get_submodule(str(node.target))
+    users, branch = list(node.users), node.args[0]
+    if len(users) != 1 or not isinstance(branch, fx.Node):
+        raise NoRegion("something else follows the drop path than its add")
+    region = regions.find(branch, users[0], node)
+    if getattr(layer, "mode", "") == "batch":
+        regions.check_move(region)
+    return region
+
+
+class _Program:
+    """What is known of all regions of a graph while it is lowered."""
+
+    def __init__(
+        self, module: fx.GraphModule, memory: Memory, regions: dict[fx.Node, Region]
+    ) -> None:
+        self.module = module
+        self.memory = memory
+        # Larger ones first: those of a node go from the outermost to the innermost.
+        self.calls = dict(sorted(regions.items(), key=lambda item: -len(item[1].nodes)))
+        self.owners: dict[fx.Node, list[fx.Node]] = {}
+        inside: dict[fx.Node, set[fx.Node]] = {}
+        for call, region in list(self.calls.items()):
+            nodes = inside[call] = set(region.nodes)
+            outer = self.owners.get(region.add, [])
+            if any(not nodes <= inside[other] for n in nodes for other in self.owners.get(n, [])):
+                del self.calls[call]  # two branches that share a part of their work: it masks
+                continue
+            for node in (*region.nodes, call):
+                self.owners[node] = [*outer, call]
+        self.adds = {region.add: call for call, region in self.calls.items()}
+        self.inside = inside
+        for call, region in self.calls.items():
+            if self.layer(call).mode == "batch":
+                # A dropped block hands its skip on as its sum.
+                memory.join(region.add, region.skip)
+
+    def layer(self, call: fx.Node) -> DropPath:
+        """Return the layer that a drop-path call calls."""
+        layer = self.module.get_submodule(str(call.target))
+        assert isinstance(layer, DropPath)
+        return layer
+
+    def is_batch(self, call: fx.Node) -> bool:
+        """Say whether a call drops whole mini-batches."""
+        return self.layer(call).mode == "batch"
+
+
+class _Builder:
+    """Writes the nodes of a graph, or of one branch of it, anew, each with its view of its inputs.
+
+    A node inside a region sees the boundary of the region through the chosen rows. That view is
+    made when the first node asks for it.
+
+    Args:
+        program: the regions.
+        call: whose branch is written as a function of its own; None for the whole graph.
+        within: the regions around that call.
+    """
+
+    def __init__(
+        self, program: _Program, call: fx.Node | None = None, within: tuple[fx.Node, ...] = ()
+    ) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.call = call
+        self.within = within
+        self.inputs: dict[fx.Node, fx.Node] = {}
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.rows: dict[fx.Node, fx.Node] = {}
+        self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def run(self, graph: fx.Graph) -> fx.Graph:
+        """Write a whole graph."""
+        for node in graph.nodes:
+            self.write(node)
+        return self.graph
+
+    def write(self, node: fx.Node) -> None:
+        """Write one node, unless it belongs to a branch that is written when its add is."""
+        chain = self._chain(node)
+        if node in self.program.calls or any(self.program.is_batch(call) for call in chain):
+            return
+        call = self.program.adds.get(node)
+        if call is None:
+            self.made[node] = self.graph.node_copy(node, lambda value: self.see(value, chain))
+        elif self.program.is_batch(call):
+            self.made[node] = self._write_branch(call, chain)
+        else:
+            region, axis = self.program.calls[call], self.program.layer(call).axis
+            inner = (*chain, call)
+            skip, branch = self.see(region.skip, chain), self.see(region.branch, inner)
+            rows = self.rows[call]
+            self.made[node] = self._function(add_rows, skip, branch, rows, axis, region.in_place)
+
+    def see(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
+        """Return what a node inside the regions `chain` (outermost first) sees of a value."""
+        if not chain:
+            return self._base(value)
+        call, outer = chain[-1], chain[:-1]
+        region = self.program.calls[call]
+        if value in self.program.inside[call]:
+            return self._base(value)
+        if (call, value) in self.views:
+            return self.views[call, value]
+        if value in region.gathered:
+            rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
+            view = self._function(take_rows, seen, rows, region.gathered[value])
+        elif value in region.sizes and region.asked:
+            view = self.graph.node_copy(value, lambda v: self._see_size(v, chain))
+        else:
+            return self.see(value, outer)
+        self.views[call, value] = view
+        return view
+
+    def _see_size(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
+        """Return what a size that is computed again is computed from."""
+        call, outer = chain[-1], chain[:-1]
+        region = self.program.calls[call]
+        if value not in region.asked or (call, value) in self.views:
+            return self.see(value, chain)
+        axis = region.asked[value]
+        rows, seen = self._rows(value, axis, chain), self.see(value, outer)
+        # Not kept as the view of the value: its entries are not those of the chosen rows.
+        return self._function(like_rows, seen, rows, axis)
+
+    def _rows(self, value: fx.Node, axis: int, chain: tuple[fx.Node, ...]) -> fx.Node:
+        """Return the draw of a region, made here where it is the first to be asked for."""
+        call = chain[-1]
+        if call not in self.rows:
+            layer = self.graph.get_attr(str(call.target))
+            seen = self.see(value, chain[:-1])
+            self.rows[call] = self._function(_draw_rows, layer, seen, axis)
+        return self.rows[call]
+
+    def _base(self, value: fx.Node) -> fx.Node:
+        """Return a value as it is outside of every region that this builder writes."""
+        if value in self.made:
+            return self.made[value]
+        if value.op == "get_attr":
+            self.made[value] = self.graph.node_copy(value)
+        else:
+            self.inputs[value] = self.made[value] = self._placeholder(value)
+        return self.made[value]
+
+    def _placeholder(self, value: fx.Node) -> fx.Node:
+        last = next(reversed(self.inputs.values()), None)
+        place = self.graph._root if last is None else last
+        with self.graph.inserting_after(place):
+            return self.graph.placeholder(value.name)
+
+    def _chain(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        owners = self.program.owners.get(node, [])
+        known = {*self.within, self.call}
+        return tuple(call for call in owners if call not in known)
+
+    def _write_branch(self, call: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
+        """Write a branch as a function of its own, and the call that runs it or not."""
+        program, region = self.program, self.program.calls[call]
+        within = (*self.within, *chain, *(() if self.call is None else (self.call,)))
+        inner = _Builder(program, call, within)
+        for node in region.nodes:
+            inner.write(node)
+        inner.graph.output(inner.see(region.branch, ()))
+        copied = self._may_be_written(region)
+        run = _runner(compile_graph(inner.graph), region.in_place, copied)
+        layer = self.graph.get_attr(str(call.target))
+        module = self.graph.get_attr(ITSELF)
+        values = [self.see(value, chain) for value in inner.inputs]
+        return self._function(run, layer, module, self.see(region.skip, chain), *values)
+
+    def _may_be_written(self, region: Region) -> bool:
+        """Say whether something after the add may write into the memory that holds its sum."""
+        memory = self.program.memory
+        after = memory.order[region.add]
+        return any(n in memory.writes and memory.order[n] > after for n in memory.group(region.add))
+
+    def _function(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        return self.graph.call_function(function, arguments)
+
+
+def _draw_rows(layer: DropPath, x: Tensor, axis: int) -> Rows | None:
+    return layer.rows(x, axis)
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """Return the function (module, *inputs) → value that a graph describes."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<dropsurgery: lowered graph>", "exec"), namespace)
+    forward: Callable[..., Any] = namespace["forward"]
+    return forward
+
+
+def _runner(
+    branch: Callable[..., Any], in_place: bool, copied: bool
+) -> Callable[..., Tensor]:
+    """Return the function that runs a branch where it survives, and adds it.
+
+    Args:
+        branch: the branch's own function.
+        in_place: the add writes the sum into the skip.
+        copied: the sum is written to later, so that a dropped block may not hand on its skip.
+    """
+
+    def run_or_skip(layer: DropPath, module: nn.Module, skip: Tensor, *values: Any) -> Tensor:
+        if not layer.survives():
+            return skip.clone() if copied and not in_place else skip
+        result = branch(module, *values)
+        if layer.training and layer.drop_prob > 0.0:
+            result = result * (1.0 / (1.0 - layer.drop_prob))
+        return skip.add_(result) if in_place else skip + result
+
+    return run_or_skip

@@ -1,0 +1,241 @@
+"""The part of a graph that runs for one residual branch alone.
+
+A node belongs to a branch when everything that it computes ends in that branch: each of its users
+belongs to the branch, up to the one edge into the add. What such nodes read from elsewhere (the
+fork, masks, position tables, sizes) is the region's boundary. The branch can be computed for some
+samples only, or not at all, where
+
+- the add is a plain one of two operands;
+- each tensor of the boundary has the batch on a known axis, or provably none of it;
+- no node of the region writes into memory that is read outside of it (such a node, and what comes
+  before it, stays outside: the region starts behind it);
+- nothing outside writes into the boundary while the region still reads it.
+
+Sizes that the region reads are no values: those that hold the batch size are asked for again from
+the chosen rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dropsurgery.graph.memory import Memory
+from dropsurgery.graph.ops import Role, roles, writes_in_place
+
+class BatchAxis:
+    def __init__(self, kind, axis): self.kind=kind; self.axis=axis
+
+def batch_axes(module, graph):
+    from dropsurgery.graph.ops import roles
+    r = roles(module, graph)
+    return {n: BatchAxis("axis",0) if r[n] is Role.DATA else BatchAxis("none",None) for n in graph.nodes}
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+
+
+class NoRegion(Exception):
+    """Why a branch can only be masked; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of one branch, and what they read.
+
+    Attributes:
+        branch: the node whose value is the branch.
+        add: the add that it goes into.
+        skip: the add's other operand.
+        nodes: the nodes that run for this branch alone, in order; `branch` is one of them.
+        gathered: tensors of the boundary that hold the batch, with its axis.
+        sizes: boundary values that are no tensors, and every size before them, in order.
+        asked: the tensors that `sizes` ask for their shape, with the batch axis.
+        passed: what else the region reads: parameters, tables, numbers.
+        in_place: the add writes the sum into the skip.
+    """
+
+    branch: fx.Node
+    add: fx.Node
+    skip: fx.Node
+    nodes: tuple[fx.Node, ...]
+    gathered: dict[fx.Node, int]
+    sizes: tuple[fx.Node, ...]
+    asked: dict[fx.Node, int]
+    passed: tuple[fx.Node, ...]
+    in_place: bool
+
+
+class Regions:
+    """Finds the regions of one graph of a traced module. Reads; never changes it."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        self.module = module
+        self.graph = graph
+        self.roles = roles(module, graph)
+        self.memory = Memory(module, graph)
+        self.order = self.memory.order
+        self.listed = list(self.order)
+        self.axes = batch_axes(module, graph)
+        self._idle = self._idle_nodes()
+
+    def find(self, branch: fx.Node, add: fx.Node, via: fx.Node | None = None) -> Region:
+        """Return the region of a branch that an add reads, through `via` where a node is between.
+
+        Raises:
+            NoRegion: the branch can only be masked.
+        """
+        skip = _other_operand(add, via or branch)
+        nodes = self._nodes(branch, add, via)
+        inside = set(nodes)
+        boundary = _unique(v for n in nodes for v in n.all_input_nodes if v not in inside)
+        gathered: dict[fx.Node, int] = {}
+        passed: list[fx.Node] = []
+        scalars: list[fx.Node] = []
+        for value in boundary:
+            if value.op == "get_attr":
+                continue
+            if self.roles[value] is Role.SCALAR:
+                scalars.append(value)
+            elif (axis := self._axis(value)) is None:
+                passed.append(value)
+            else:
+                gathered[value] = axis
+        if not gathered:
+            raise NoRegion("nothing that the branch reads is known to hold the batch")
+        sizes, asked = self._sizes(scalars)
+        self._check_writes(nodes, (*gathered, *passed))
+        in_place = writes_in_place(self.module, add) and add.args[0] is skip
+        return Region(
+            branch, add, skip, nodes, gathered, sizes, asked, tuple(passed), in_place
+        )
+
+    def check_move(self, region: Region) -> None:
+        """Check that the region may run as one piece right before its add.
+
+        Raises:
+            NoRegion: something is written in between that it reads.
+        """
+        for value in (*region.gathered, *region.passed):
+            for node in self.memory.written(value, region.nodes[0], region.add):
+                if node not in set(region.nodes):
+                    raise NoRegion(f"'{node.name}' writes in place into what the branch reads")
+
+    def _nodes(
+        self, branch: fx.Node, add: fx.Node, via: fx.Node | None
+    ) -> tuple[fx.Node, ...]:
+        """Return the nodes that run for the branch alone."""
+        outside: set[fx.Node] = set()
+        while True:
+            inside = self._closure(branch, via or add, outside)
+            if branch not in inside:
+                if branch in outside:
+                    raise NoRegion(f"'{branch.name}' writes in place into what others read")
+                raise NoRegion(f"the branch '{branch.name}' is used elsewhere too")
+            bound = {v for n in inside for v in n.all_input_nodes if v not in inside}
+            wrong = {n for n in inside if self._writes_outside(n, inside, bound, {add, via})}
+            if not wrong:
+                return tuple(sorted(inside, key=self.order.__getitem__))
+            outside |= wrong
+
+    def _closure(self, branch: fx.Node, reader: fx.Node, outside: set[fx.Node]) -> set[fx.Node]:
+        inside: set[fx.Node] = set()
+        heap, seen = [-self.order[branch]], {branch}
+        while heap:
+            node = self.listed[-heapq.heappop(heap)]
+            if node in outside or node.op in ("placeholder", "get_attr"):
+                continue
+            needed = [user for user in node.users if user not in self._idle]
+            if all(user in inside or (node is branch and user is reader) for user in needed):
+                inside.add(node)
+                for value in node.all_input_nodes:
+                    if value not in seen:
+                        seen.add(value)
+                        heapq.heappush(heap, -self.order[value])
+        # Checks of shapes and the like that hang on the branch's own values run with them.
+        pending = list(inside)
+        while pending:
+            hanging = [u for u in pending.pop().users if u in self._idle and u not in inside]
+            inside.update(hanging)
+            pending += hanging
+        return inside
+
+    def _idle_nodes(self) -> set[fx.Node]:
+        """Return the nodes whose value nothing uses in the end: unused items, asserted sizes."""
+        idle: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            pure = node.op in ("call_function", "call_method") and node not in self.memory.writes
+            if pure and all(user in idle for user in node.users):
+                idle.add(node)
+        return idle
+
+    def _writes_outside(
+        self,
+        node: fx.Node,
+        inside: set[fx.Node],
+        boundary: set[fx.Node],
+        own: set[fx.Node | None],
+    ) -> bool:
+        """Say whether a node of the region writes into memory that others may read."""
+        if node not in self.memory.writes:
+            return False
+        if any(self.memory.shared(node, value) for value in boundary):
+            return True
+        return any(o not in inside and o not in own for o in self.memory.group(node))
+
+    def _axis(self, value: fx.Node) -> int | None:
+        """Return the axis on which a tensor holds the batch, or None where it holds none of it."""
+        found = self.axes.get(value, BatchAxis("unknown", None))
+        if found.kind == "axis":
+            return found.axis
+        if found.kind == "none":
+            return None
+        raise NoRegion(
+            f"which axis of '{value.name}' is the batch is not known: "
+            "example_inputs may settle it"
+            if found.kind == "unknown"
+            else f"no axis of '{value.name}', which the branch reads, is the batch"
+        )
+
+    def _sizes(
+        self, scalars: list[fx.Node]
+    ) -> tuple[tuple[fx.Node, ...], dict[fx.Node, int]]:
+        """Return the sizes behind some values, and the tensors that they are asked of."""
+        sizes, asked, pending = set(scalars), {}, list(scalars)
+        while pending:
+            for value in pending.pop().all_input_nodes:
+                if self.roles[value] is Role.SCALAR:
+                    if value not in sizes:
+                        sizes.add(value)
+                        pending.append(value)
+                elif value.op != "get_attr" and (axis := self._axis(value)) is not None:
+                    asked[value] = axis
+        return tuple(sorted(sizes, key=self.order.__getitem__)), asked
+
+    def _check_writes(self, nodes: tuple[fx.Node, ...], boundary: Iterable[fx.Node]) -> None:
+        """Refuse where something outside writes into the boundary between two of its reads."""
+        inside = set(nodes)
+        for value in boundary:
+            readers = [node for node in nodes if value in node.all_input_nodes]
+            for node in self.memory.written(value, readers[0], readers[-1]):
+                if node not in inside:
+                    raise NoRegion(f"'{node.name}' writes in place into what the branch reads")
+
+
+def _other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
+    """Return what an add adds to `operand`."""
+    plain = add.op == "call_function" and add.target in _ADDS
+    plain = plain or (add.op == "call_method" and add.target in ("add", "add_"))
+    operands = add.args if plain and not add.kwargs and len(add.args) == 2 else ()
+    others = [value for value in operands if value is not operand]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        raise NoRegion(f"'{add.name}' is no plain sum of two tensors")
+    return others[0]
+
+
+def _unique(values: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,155 @@
+"""Some rows of a batch: taken out of it, and added back to where they came from.
+
+What a branch with `DropPath(mode="subset")` runs between. In eval there are no `Rows`, and each
+function is what stood in the network before: the value itself, and the plain add.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Which samples a branch is computed for, and how it counts.
+
+    Attributes:
+        index: int64 (k,), the samples in the order in which they stand in the branch; None for all
+            of them, in their own order.
+        mask: (B,), the factor of each sample, where `index` is None.
+        last: bool (), whether the last row of `index` counts; None where it always does.
+        scale: the factor of every row that counts.
+    """
+
+    index: Tensor | None
+    mask: Tensor | None = None
+    last: Tensor | None = None
+    scale: float = 1.0
+
+
+def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
+    """Return the chosen rows of a tensor, in its memory format; all of it where all are chosen.
+
+    Args:
+        x: any tensor with B entries on `axis`.
+        rows: what `DropPath.rows` drew; None in eval.
+        axis: where the batch is.
+    """
+    if rows is None or rows.index is None:
+        return x
+    dense, moved = _dense(x, axis)
+    taken = dense.index_select(axis, rows.index)
+    return taken.movedim(-1, 1) if moved else taken
+
+
+def like_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
+    """Return a view of as many rows as were chosen, to be asked for its shape only."""
+    if rows is None or rows.index is None:
+        return x
+    return x.narrow(axis, 0, rows.index.shape[0])
+
+
+def add_rows(
+    skip: Tensor, branch: Tensor, rows: Rows | None, axis: int = 0, in_place: bool = False
+) -> Tensor:
+    """Return skip + branch, where the branch was computed for the chosen rows.
+
+    Args:
+        skip: (B, …) along `axis`.
+        branch: (k, …) along `axis`, row i for sample `rows.index[i]`; otherwise of the shape of
+            `skip` or one that broadcasts with it.
+        rows: what `DropPath.rows` drew; None in eval.
+        axis: where the batch is.
+        in_place: write the sum into `skip`.
+    """
+    if rows is not None and rows.index is None:
+        assert rows.mask is not None
+        branch = branch * along(rows.mask, branch, axis).to(branch.dtype)
+    if rows is None or rows.index is None:
+        return skip.add_(branch) if in_place else skip + branch
+    if in_place:
+        weight = branch.new_full((branch.shape[axis],), rows.scale)
+        if rows.last is not None:
+            weight = torch.cat([weight[:-1], weight[-1:] * rows.last])
+        return skip.index_add_(axis, rows.index, (branch * along(weight, branch, axis)).to(skip))
+    dtype = torch.promote_types(skip.dtype, branch.dtype)
+    shape = torch.broadcast_shapes(skip.select(axis, 0).shape, branch.select(axis, 0).shape)
+    skip, branch = (_spread(value.to(dtype), shape, axis) for value in (skip, branch))
+    sum_: Tensor = _AddRows.apply(skip, branch, rows.index, rows.last, rows.scale, axis)
+    return sum_
+
+
+def along(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Return a (B,) mask in the rank of `x`, along `axis`."""
+    return mask.view([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
+
+
+class _AddRows(torch.autograd.Function):
+    """out = skip, plus scale · branch at the rows of `index`, the last of which may not count.
+
+    Autograd's own path (branch times weights, then index_add) reads and writes the branch once more
+    each way, and keeps a copy of it for the backward.
+    """
+
+    @staticmethod
+    def forward(
+        skip: Tensor,
+        branch: Tensor,
+        index: Tensor,
+        last: Tensor | None,
+        scale: float,
+        axis: int,
+    ) -> Tensor:
+        dense, moved = _dense(skip, axis)
+        out = dense.clone()
+        out.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
+        if last is not None:
+            row = index[-1:]
+            kept = torch.where(
+                last, out.index_select(axis, row), dense.index_select(axis, row)
+            )
+            out.index_copy_(axis, row, kept)
+        return out.movedim(-1, 1) if moved else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, index, last, ctx.scale, ctx.axis = inputs
+        ctx.save_for_backward(index, last)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        index, last = ctx.saved_tensors
+        branch = None
+        if ctx.needs_input_grad[1]:
+            dense, moved = _dense(gradient, ctx.axis)
+            branch = dense.index_select(ctx.axis, index) * ctx.scale
+            if last is not None:
+                count = index.shape[0] - 1
+                row = branch.narrow(ctx.axis, count, 1)
+                branch.narrow(ctx.axis, count, 1).copy_(torch.where(last, row, 0.0))
+            branch = branch.movedim(-1, 1) if moved else branch
+        return gradient, branch, None, None, None, None
+
+
+def _dense(x: Tensor, axis: int) -> tuple[Tensor, bool]:
+    """Return `x` with its channels moved last where its memory has them there, and whether it is.
+
+    index_select and index_add write rows in the default format, whatever the input's is.
+    """
+    if axis == 0 and x.ndim in (4, 5) and not x.is_contiguous():
+        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last):
+            return x.movedim(1, -1), True
+    return x, False
+
+
+def _spread(x: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    """Broadcast a tensor to `shape` beside its batch axis."""
+    if x.select(axis, 0).shape == shape:
+        return x
+    full = list(shape)
+    full.insert(axis, x.shape[axis])
+    return x.expand(full)
