@@ -57,6 +57,14 @@ from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.insert_cutout import InsertCutout
+from dropsurgery.passes.insert_drop_block import InsertDropBlock
+from dropsurgery.passes.insert_drop_connect import InsertDropConnect
+from dropsurgery.passes.insert_dropout import InsertDropout
+from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedChannelDropout
+from dropsurgery.passes.remove_drops import RemoveDrops
+from dropsurgery.passes.tap import tap
+from dropsurgery.rates import RateSchedule
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.verify import verify
@@ -71,8 +79,15 @@ __all__ = [
     "DropPath",
     "DropsurgeryError",
     "FoldBatchNorm",
+    "InsertCutout",
+    "InsertDropBlock",
+    "InsertDropConnect",
     "InsertDropPath",
+    "InsertDropout",
+    "InsertWeightedChannelDropout",
+    "RateSchedule",
     "RemoveDropPath",
+    "RemoveDrops",
     "apply",
     "errors",
     "export_onnx",
@@ -84,6 +99,7 @@ __all__ = [
     "save",
     "slim",
     "survival",
+    "tap",
     "testing",
     "trace",
     "verify",

@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"graph"},
     {"passes"},
-    {"surgery", "store"},
+    {"rates", "surgery", "store"},
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},
