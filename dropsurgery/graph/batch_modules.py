@@ -8,13 +8,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.pooling import (
-    _AdaptiveAvgPoolNd,
-    _AdaptiveMaxPoolNd,
-    _AvgPoolNd,
-    _LPPoolNd,
-    _MaxPoolNd,
-)
 
 from dropsurgery.graph.batch_calls import Call, Found, Parts
 from dropsurgery.graph.batch_rules import (
@@ -48,7 +41,11 @@ _SAME = (
     *_ACTIVATIONS, nn.Identity, nn.modules.dropout._DropoutNd, _NormBase, _InstanceNorm,
     nn.GroupNorm, nn.LocalResponseNorm, nn.ChannelShuffle,
 )  # fmt: skip
-_POOLS = (_AvgPoolNd, _MaxPoolNd, _LPPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)
+_POOLS = {
+    getattr(nn, f"{kind}{axes}d"): axes
+    for kind in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool")
+    for axes in (1, 2, 3)
+}
 _PADS = tuple(
     getattr(nn, f"{kind}Pad{axes}d")
     for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular")
@@ -90,8 +87,8 @@ def _plain(call: Call, layer: Any, value: Value) -> Found:
         return normalised(call, value, len(layer.normalized_shape))
     if isinstance(layer, nn.Embedding):
         return embedded(call, value, Size(layer.embedding_dim))
-    if isinstance(layer, _POOLS):
-        axes = int(type(layer).__name__[-2])
+    axes = next((axes for kind, axes in _POOLS.items() if isinstance(layer, kind)), 0)
+    if axes:
         found = windowed(call, value, axes, None, [None] * axes)
         return Parts(each=found) if getattr(layer, "return_indices", False) else found
     if isinstance(layer, _PADS):
