@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import dropsurgery as ds
 from dropsurgery.graph.batch import BatchAxis, batch_axes
-from dropsurgery.graph.shapes import BATCH_META
 
 AXIS0 = BatchAxis("axis", 0)
 
