@@ -69,7 +69,7 @@ class Insertion(Pass):
         after: kinds of layers whose output is dropped.
         where: which of them: a pattern for the path (`"layer4.*"`, as in `fnmatch`), the name of a
             node, a tuple of such, or a callable that takes a `Spot`. Without `before` and `after`,
-            the output of what `where` names is dropped.
+            and where the layer has no usual place, the output of what `where` names is dropped.
         skip_first: how many of the chosen, from the front, are left out.
         skip_last: how many from the back.
         places: exactly these, as a saved surgery lists them: (node, form), on the word of whoever
@@ -100,7 +100,7 @@ class Insertion(Pass):
                 f"after={self.after!r}",
                 fix="two passes for both",
             )
-        if self.before is None and self.after is None and self.where is None:
+        if self.before is None and self.after is None:
             self._take_usual()
         for name in ("skip_first", "skip_last"):
             value = getattr(self, name)
@@ -109,7 +109,7 @@ class Insertion(Pass):
 
     def _take_usual(self) -> None:
         """Go where the layer usually goes, since the caller did not say."""
-        if self.usual is None:
+        if self.usual is None and self.where is None:
             raise ArgumentError(
                 f"{self.name} needs to know where",
                 fix='before="Linear", after="activation", or where="layer4.*"',

@@ -60,8 +60,8 @@ _ACTIVATIONS = frozenset(
     if isinstance(value, type) and issubclass(value, nn.Module) and value is not nn.Module
 ).difference(_NO_ACTIVATIONS)
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("conv", ("Conv", "_Conv")),
-    ("norm", ("BatchNorm", "_NormBase", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")),
+    ("conv", ("Conv",)),
+    ("norm", ("BatchNorm", "SyncBatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")),
     ("pool", ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")),
 )
 # Layers that return several values, of which the first is what they compute.
@@ -75,7 +75,7 @@ def kinds_of(module: fx.GraphModule, node: fx.Node) -> frozenset[str]:
     called = called_module(module, node)
     if called is not None:
         bases = type(called).__mro__[: type(called).__mro__.index(nn.Module)]
-        names = {base.__name__ for base in bases}
+        names = {base.__name__ for base in bases if not base.__name__.startswith("_")}
         timms = any(base.__module__.startswith("timm.layers.activations") for base in bases)
         # timm's BatchNormAct2d and its kin end in an activation.
         act = getattr(called, "act", None)

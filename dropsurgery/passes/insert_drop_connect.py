@@ -155,6 +155,9 @@ class InsertDropConnect(Insertion):
         node.op, node.target = "call_function", function
         node.args, node.kwargs = (x, call, bias, *rest), {}
         node.meta[INSERTED_DROP] = ("rewritten", target, keyword)
+        if function is linear:
+            # torch.fx then writes code that a pickle can trace again without looking into it.
+            node.meta["is_wrapped"] = True
 
 
 def _read(node: fx.Node, target: str) -> fx.Node:

@@ -89,6 +89,7 @@ class RemoveDrops(Pass):
 def _close(node: fx.Node) -> None:
     """Make a function call on a dropped weight the call of the layer that it was."""
     _, path, keyword = node.meta.pop(INSERTED_DROP)
+    node.meta.pop("is_wrapped", None)
     x = node.args[0]
     if isinstance(x, fx.Node) and x.meta.get(INSERTED_DROP) == ("operand",):
         x = x.args[0]  # the padding
