@@ -46,7 +46,7 @@ What surgery looks like, on the smallest residual network there is::
         return add
 """
 
-from dropsurgery import errors, layers, survival
+from dropsurgery import errors, layers, ramps, survival
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
 from dropsurgery.graph.inventory import find_drops
@@ -57,6 +57,7 @@ from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.verify import verify
@@ -73,6 +74,7 @@ __all__ = [
     "FoldBatchNorm",
     "InsertDropPath",
     "RemoveDropPath",
+    "SurvivalSchedule",
     "apply",
     "errors",
     "export_onnx",
@@ -80,8 +82,11 @@ __all__ = [
     "find_residuals",
     "layers",
     "load",
+    "ramps",
     "retrofit",
     "save",
+    "seed_drop_paths",
+    "set_survival",
     "slim",
     "survival",
     "testing",

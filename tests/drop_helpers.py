@@ -1,4 +1,4 @@
-"""The oracle of drop path that saves work: the same draws, with every branch computed and masked."""
+"""The oracle of drop path that saves work: the same draws, every branch computed and masked."""
 
 from __future__ import annotations
 

@@ -25,16 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dropsurgery.graph.batch import BatchAxis, batch_axes
 from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.ops import Role, roles, writes_in_place
-
-class BatchAxis:
-    def __init__(self, kind, axis): self.kind=kind; self.axis=axis
-
-def batch_axes(module, graph):
-    from dropsurgery.graph.ops import roles
-    r = roles(module, graph)
-    return {n: BatchAxis("axis",0) if r[n] is Role.DATA else BatchAxis("none",None) for n in graph.nodes}
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -110,9 +103,7 @@ class Regions:
         sizes, asked = self._sizes(scalars)
         self._check_writes(nodes, (*gathered, *passed))
         in_place = writes_in_place(self.module, add) and add.args[0] is skip
-        return Region(
-            branch, add, skip, nodes, gathered, sizes, asked, tuple(passed), in_place
-        )
+        return Region(branch, add, skip, nodes, gathered, sizes, asked, tuple(passed), in_place)
 
     def check_move(self, region: Region) -> None:
         """Check that the region may run as one piece right before its add.
@@ -125,9 +116,7 @@ class Regions:
                 if node not in set(region.nodes):
                     raise NoRegion(f"'{node.name}' writes in place into what the branch reads")
 
-    def _nodes(
-        self, branch: fx.Node, add: fx.Node, via: fx.Node | None
-    ) -> tuple[fx.Node, ...]:
+    def _nodes(self, branch: fx.Node, add: fx.Node, via: fx.Node | None) -> tuple[fx.Node, ...]:
         """Return the nodes that run for the branch alone."""
         outside: set[fx.Node] = set()
         while True:
@@ -195,15 +184,12 @@ class Regions:
         if found.kind == "none":
             return None
         raise NoRegion(
-            f"which axis of '{value.name}' is the batch is not known: "
-            "example_inputs may settle it"
+            f"which axis of '{value.name}' is the batch is not known: example_inputs may settle it"
             if found.kind == "unknown"
             else f"no axis of '{value.name}', which the branch reads, is the batch"
         )
 
-    def _sizes(
-        self, scalars: list[fx.Node]
-    ) -> tuple[tuple[fx.Node, ...], dict[fx.Node, int]]:
+    def _sizes(self, scalars: list[fx.Node]) -> tuple[tuple[fx.Node, ...], dict[fx.Node, int]]:
         """Return the sizes behind some values, and the tensors that they are asked of."""
         sizes, asked, pending = set(scalars), {}, list(scalars)
         while pending:

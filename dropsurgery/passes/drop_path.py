@@ -138,7 +138,7 @@ class InsertDropPath(Pass):
                 where=", ".join(known[:8]) + (", …" if len(known) > 8 else ""),
                 fix="a module path or pattern such as 'layer4.*', or a callable that takes a Site",
             )
-        depth, total = self._depths(residuals)
+        depth, total = self.depths(residuals)
         values = _table(self.survival, total).values
         drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         users = nodes_by_target(module)
@@ -223,8 +223,8 @@ class InsertDropPath(Pass):
     def _layer(self, step: _Step) -> DropPath:
         return DropPath(step.drop_prob, step.mode, break_even=self.break_even)
 
-    def _depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
-        """Return l of every site, and L."""
+    def depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
+        """Return the l of each site that is counted, and L."""
         sites = residuals.sites
         if self.count == "chosen":
             sites = tuple(site for site in sites if self._chosen(site))
