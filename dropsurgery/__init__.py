@@ -57,6 +57,14 @@ from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.insert_cutout import InsertCutout
+from dropsurgery.passes.insert_drop_block import InsertDropBlock
+from dropsurgery.passes.insert_drop_connect import InsertDropConnect
+from dropsurgery.passes.insert_dropout import InsertDropout
+from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedChannelDropout
+from dropsurgery.passes.remove_drops import RemoveDrops
+from dropsurgery.passes.tap import tap
+from dropsurgery.rates import RateSchedule
 from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
@@ -72,8 +80,15 @@ __all__ = [
     "DropPath",
     "DropsurgeryError",
     "FoldBatchNorm",
+    "InsertCutout",
+    "InsertDropBlock",
+    "InsertDropConnect",
     "InsertDropPath",
+    "InsertDropout",
+    "InsertWeightedChannelDropout",
+    "RateSchedule",
     "RemoveDropPath",
+    "RemoveDrops",
     "SurvivalSchedule",
     "apply",
     "errors",
@@ -89,6 +104,7 @@ __all__ = [
     "set_survival",
     "slim",
     "survival",
+    "tap",
     "testing",
     "trace",
     "verify",

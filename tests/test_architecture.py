@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"graph"},
     {"passes"},
-    {"surgery", "store", "schedule"},
+    {"rates", "schedule", "surgery", "store"},
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},

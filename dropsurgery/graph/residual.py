@@ -29,6 +29,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.batch import BatchAxis, batch_axes
 from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.forks import Flow, Fork
 from dropsurgery.graph.leaves import has_hooks
@@ -57,6 +58,8 @@ class Site:
         native: name of the drop-path call that the network already has on this branch, or None.
         call: which call of `module` it is: equals `module` but for modules that are called again.
         linear: the branch is affine in the fork; found only where asked for.
+        batch_axis: the axis of the branch that carries the batch; 0 too where that is not proved,
+            None where no axis is exactly the batch. See `dropsurgery.graph.batch`.
     """
 
     block: int
@@ -69,6 +72,7 @@ class Site:
     native: str | None = None
     call: str = ""
     linear: bool = False
+    batch_axis: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class _Analysis:
 
     def __init__(self, module: fx.GraphModule, graph: fx.Graph, include: Collection[str]) -> None:
         self.module = module
+        self.graph = graph
         self.include = include
         self.flow = Flow(module, graph)
         # Adds around which a longer skip is nested; linear ones are no blocks.
@@ -239,6 +244,7 @@ class _Analysis:
         """
         blocks: dict[object, int] = {}
         numbered = []
+        batch = batch_axes(self.module, self.graph) if sites else {}
         for add, fork, nested in sites:
             path, call = owner_call(add)
             block = blocks.setdefault(_block_call(add)[1] if path else add, len(blocks) + 1)
@@ -255,6 +261,7 @@ class _Analysis:
                     native=self._native(fork.branch),
                     call=call,
                     linear=fork.linear,
+                    batch_axis=_batch_axis(batch[fork.branch], batch[add]),
                 )
             )
         return tuple(numbered)
@@ -287,6 +294,12 @@ class _Analysis:
             if called is not None and is_drop_path(called):
                 return node.name
         return None
+
+
+def _batch_axis(branch: BatchAxis, total: BatchAxis) -> int | None:
+    """Return the batch axis of a branch; where it has none of its own, that of the sum tells."""
+    found = total if branch.kind == "unknown" and total.kind == "mixed" else branch
+    return {"axis": found.axis, "mixed": None}.get(found.kind, 0)
 
 
 def _is_no_block(kind: object) -> bool:

@@ -16,6 +16,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from dropsurgery.errors import TraceError
 from dropsurgery.graph.module import describe, graphs
 
+# Under this key of node.meta stands what a run at two batch sizes showed: ("axis", k), …
+BATCH_META = "dropsurgery_batch_axis"
+
 
 class _Shapes(ShapeProp):
     """ShapeProp that says at which node of the user's network a shape did not fit."""
@@ -73,3 +76,70 @@ def record_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             shapes.propagate(*fake)
         graph.owning_module = module
+
+
+def record_batch(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Write `meta["dropsurgery_batch_axis"]`, (kind, axis), where a second batch size tells it.
+
+    The graphs run once more on fake tensors, with another number of entries on the leading axis
+    of the inputs; `record_shapes` ran them with the first. Where they take no other number, or
+    the inputs' leading axes differ, nothing is written.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    sizes = {value.shape[0] for value in tensors if value.dim() > 0}
+    if len(sizes) != 1:
+        return
+    (first,) = sizes
+    second = first + 3
+    for graph in graphs(module):
+        shapes = _shapes_at(module, graph, inputs, second)
+        for node in graph.nodes:
+            before = getattr(node.meta.get("tensor_meta"), "shape", None)
+            if before is not None and shapes.get(node) is not None:
+                node.meta[BATCH_META] = _compared(tuple(before), shapes[node], first, second)
+
+
+def _compared(
+    before: tuple[int, ...], after: tuple[int, ...], first: int, second: int
+) -> tuple[str, int | None]:
+    """Say which axis has as many entries as the batch, from the shapes at two batch sizes."""
+    if len(before) != len(after):
+        return "mixed", None
+    moved = [axis for axis in range(len(before)) if before[axis] != after[axis]]
+    if not moved:
+        return "unknown", None  # it may be a sum over the batch
+    exact = (before[moved[0]], after[moved[0]]) == (first, second)
+    return ("axis", moved[0]) if len(moved) == 1 and exact else ("mixed", None)
+
+
+def _shapes_at(
+    module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any], size: int
+) -> dict[fx.Node, tuple[int, ...]]:
+    """Return shapes at another batch size; of no node where the network does not take it."""
+    found: dict[fx.Node, tuple[int, ...]] = {}
+
+    class Probe(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                found[n] = tuple(result.shape)
+            return result
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    owner = graph.owning_module
+    try:
+        with mode, torch.no_grad():
+            fake = [_resized(mode.from_tensor(v), size) if isinstance(v, Tensor) else v
+                    for v in inputs]  # fmt: skip
+            probe = Probe(module, graph=graph)
+            probe.extra_traceback = False
+            probe.run(*fake)
+    except Exception:  # whatever the network's operations raise on a size they do not take
+        return {}
+    finally:
+        graph.owning_module = owner
+    return found
+
+
+def _resized(value: Tensor, size: int) -> Tensor:
+    return value if value.dim() == 0 else value.new_empty((size, *value.shape[1:]))

@@ -29,7 +29,7 @@ from dropsurgery.graph.module import (
     owner_call,
     place_like,
 )
-from dropsurgery.graph.shapes import record_shapes
+from dropsurgery.graph.shapes import record_batch, record_shapes
 from dropsurgery.graph.traced import TracedModule
 from dropsurgery.graph.tracer import Given, ModeTracer
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -66,8 +66,9 @@ def trace(
     Args:
         model: the network, in either mode. A GraphModule is copied, not traced again.
         example_inputs: a tensor, a sequence of positional arguments or a mapping of arguments by
-            name. Where given, every node's `meta["tensor_meta"]` holds its shape and dtype; nothing
-            is computed and no statistics are updated.
+            name. Where given, every node's `meta["tensor_meta"]` holds its shape and dtype, and
+            `meta["dropsurgery_batch_axis"]`, as (kind, axis), what a second batch size showed;
+            nothing is computed and no statistics are updated.
         leaf_modules: further modules to keep whole: classes, dotted paths, or module objects.
 
     Raises:
@@ -81,7 +82,9 @@ def trace(
         module = _trace_modes(model, Leaves(leaf_modules, model), _given(model, example_inputs))
     _copy_flags(module, model)
     if example_inputs is not None:
-        record_shapes(module, arguments(module, example_inputs))
+        inputs = arguments(module, example_inputs)
+        record_shapes(module, inputs)
+        record_batch(module, inputs)
     return module
 
 

@@ -1,6 +1,7 @@
 """Stochastic layers: what surgery puts into a network."""
 
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
+from dropsurgery.layers.attentive_cutmix import AttentiveCutMix, Mixed
 from dropsurgery.layers.classic_dropout import ClassicDropout
 from dropsurgery.layers.cutout import Cutout
 from dropsurgery.layers.drop_block import DropBlock2d, DropBlock3d
@@ -15,6 +16,7 @@ from dropsurgery.layers.weighted_channel_dropout import WeightedChannelDropout
 
 __all__ = [
     "Apply",
+    "AttentiveCutMix",
     "ClassicDropout",
     "Cutout",
     "DropBlock2d",
@@ -28,6 +30,7 @@ __all__ = [
     "FollowTraining",
     "GaussianDropout",
     "GaussianMultiheadAttention",
+    "Mixed",
     "ScaledDotProductAttention",
     "UniformDropout",
     "WeightedChannelDropout",

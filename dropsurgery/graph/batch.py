@@ -1,0 +1,127 @@
+"""Which axis of each value of a graph carries the batch.
+
+Stochastic depth draws once for every entry of the batch, so that it must know where the batch is.
+Nothing is run: every network input has its batch on axis 0, and one rule for each operation says
+where it goes from there. Sizes are followed as expressions in the batch size, so that windows that
+are merged with the batch are told from the batch, and are found again where they part.
+
+What is said of a value holds for every batch size. It takes the forward to treat its inputs as
+batched: a convolution's input of unknown rank has a batch axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, fx
+
+from dropsurgery.graph.affine import fetch
+from dropsurgery.graph.batch_calls import Call, Found, Parts
+from dropsurgery.graph.batch_modules import layer_output
+from dropsurgery.graph.batch_rules import rule_of
+from dropsurgery.graph.batch_values import Place, State, Value, tensor, unknown_rank
+from dropsurgery.graph.channels import traced_shape
+from dropsurgery.graph.module import called_module
+from dropsurgery.graph.shapes import BATCH_META
+from dropsurgery.graph.sizes import BATCH_SIZE, Algebra, Size
+
+
+class BatchAxis(NamedTuple):
+    """Where the batch is in a value.
+
+    Attributes:
+        kind: "axis": the entries of one axis are the samples, in their order. "none": the value
+            does not depend on the batch, and no axis has its size. "mixed": it does, and no axis
+            holds the samples one by one: windows and samples share an axis, or the samples were
+            summed, attended over, or put into another order. "unknown": not proved.
+        axis: the axis, counted from the front, for the kind "axis"; else None.
+    """
+
+    kind: Literal["axis", "none", "mixed", "unknown"]
+    axis: int | None = None
+
+
+NONE, MIXED, UNKNOWN = BatchAxis("none"), BatchAxis("mixed"), BatchAxis("unknown")
+
+
+def batch_axes(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, BatchAxis]:
+    """Return for every node of a graph which axis of its value carries the batch.
+
+    Of a tuple it is the axis on which all tensors in it have their batch. Where the network was
+    traced with example inputs, what running it at two batch sizes showed fills the gaps.
+
+    Args:
+        module: the traced module.
+        graph: one of its graphs. Nothing is run, and it is not changed.
+    """
+    algebra = Algebra()
+    known: dict[fx.Node, Found] = {}
+    for node in graph.nodes:
+        found = _follow(module, node, known, algebra)
+        known[node] = _with_traced_shape(node, found, algebra)
+    return {node: _summary(known[node]) for node in graph.nodes}
+
+
+def _follow(
+    module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Found], algebra: Algebra
+) -> Found:
+    """Return what is known of a node's value, given the values before it."""
+    if node.op == "placeholder":
+        return unknown_rank(node.name, Place(0), (BATCH_SIZE,))
+    if node.op == "get_attr":
+        value = fetch(module, str(node.target))
+        sizes = [Size(size) for size in value.shape] if isinstance(value, Tensor) else []
+        return tensor(node.name, sizes, State.NONE)
+    called = called_module(module, node)
+    call = Call(node, called, known, algebra)
+    if node.op == "output":
+        (result,) = node.args
+        one = call.find(result)
+        return Parts(tuple(known[value] for value in node.all_input_nodes)) if one is None else one
+    try:
+        if called is not None:
+            return layer_output(call, called)
+        rule = rule_of(node.target)
+        return call.unknown() if rule is None else rule(call)
+    except IndexError:  # an axis that the tensor does not have: torch says so when it runs
+        return call.unknown()
+
+
+def _with_traced_shape(node: fx.Node, found: Found, algebra: Algebra) -> Found:
+    """Use what is known of a node's value from example inputs: its shape, and its batch axis."""
+    shape = traced_shape(node)
+    if shape is None or not isinstance(found, Value):
+        return found
+    batch = found.batch
+    probed = node.meta.get(BATCH_META)
+    if probed is not None and batch is State.UNKNOWN:
+        kind, axis = probed
+        batch = Place(axis) if kind == "axis" else _PROBED.get(kind, batch)
+    if isinstance(batch, Place) and batch.axis >= len(shape):
+        batch = State.UNKNOWN if shape else State.NONE
+    sizes = [Size(size) for size in shape]
+    for axis, size in enumerate(found.sizes[: len(shape)]):
+        if algebra.varies(size):
+            sizes[axis] = size
+    if isinstance(batch, Place):
+        sizes[batch.axis] = batch.size
+    elif batch in (State.UNKNOWN, State.BLENDED):
+        sizes = [algebra.opaque("axis", node.name, a, varies=True) for a in range(len(shape))]
+    return replace(tensor(found.name, sizes, batch), name=node.name)
+
+
+_PROBED = {"none": State.NONE, "mixed": State.BLENDED}
+
+
+def _summary(found: Found) -> BatchAxis:
+    """Return a value's batch axis as others see it."""
+    if isinstance(found, Parts):
+        items: Any = found.items if found.each is None else (found.each,)
+        kinds = {_summary(item) for item in items if item is not None}
+        return kinds.pop() if len(kinds) == 1 else UNKNOWN
+    if not isinstance(found, Value) or found.batch is State.NONE:
+        return NONE
+    if isinstance(found.batch, Place):
+        return BatchAxis("axis", found.batch.axis) if found.batch.alone else MIXED
+    return UNKNOWN if found.batch is State.UNKNOWN else MIXED
