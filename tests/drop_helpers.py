@@ -25,7 +25,6 @@ class Recorder:
         self.module = module
         self.drawn: dict[int, list[Tensor]] = {}
         rows, survives = ds.DropPath.rows, ds.DropPath.survives
-        self.forward = ds.DropPath.forward
 
         def recorded_rows(layer: ds.DropPath, x: Tensor, axis: int = 0) -> Rows | None:
             drawn = rows(layer, x, axis)
@@ -40,6 +39,14 @@ class Recorder:
                 self.drawn.setdefault(id(layer), []).append(mask)
             return kept
 
+        def recorded_forward(layer: ds.DropPath, x: Tensor) -> Tensor:
+            if not layer.training or layer.drop_prob == 0.0:
+                return x
+            mask = layer._mask(x, 1 if layer.mode == "batch" else x.shape[layer.axis], x.dtype)
+            self.drawn.setdefault(id(layer), []).append(mask.double())
+            return x * along(mask, x, layer.axis)
+
+        monkeypatch.setattr(ds.DropPath, "forward", recorded_forward)
         monkeypatch.setattr(ds.DropPath, "rows", recorded_rows)
         monkeypatch.setattr(ds.DropPath, "survives", recorded_survives)
         self.monkeypatch = monkeypatch

@@ -30,6 +30,10 @@ from dropsurgery.passes.base import Change, Pass, Plan
 from dropsurgery.passes.saved_work import SavedWork
 from dropsurgery.survival import check_probability
 
+_NOT_THE_BATCH = (
+    "no axis of the branch is the batch (windows or tokens share it), so that one draw an entry "
+    "would drop parts of samples; mode='batch' can"
+)
 Unit = Literal["block", "add", "position"]
 Where = str | tuple[str, ...] | Callable[[Site], bool] | None
 
@@ -50,6 +54,9 @@ class _Step:
 @dataclass(frozen=True)
 class InsertDropPath(Pass):
     """Put stochastic depth on the branch of every residual site, right before the add.
+
+    One draw is made for each entry of the batch axis: the leading one, unless the graph proves that
+    it is another (tokens first, batch second). A site where it is none at all is left alone.
 
     The eval output stays bit-identical and the state-dict keys stay the same. A site that already
     carries a drop-path layer (timm's `DropPath`, torchvision's `StochasticDepth`, or one from an
@@ -161,6 +168,9 @@ class InsertDropPath(Pass):
                 reason = f"the add overwrites its branch in place, which '{alias.name}' shares and "
                 skipped.append(Skip(site.module, site.add, f"{reason}others read afterwards"))
                 continue
+            if site.batch_axis is None and native is None and self.mode != "batch":
+                skipped.append(Skip(site.module, site.add, _NOT_THE_BATCH))
+                continue
             path = (
                 _target(module, site)
                 if retune
@@ -210,7 +220,7 @@ class InsertDropPath(Pass):
         if step.retune:
             set_rate(layer, step.drop_prob)
             if hasattr(layer, "mode"):
-                layer.mode = step.mode
+                layer.mode = step.mode  # type: ignore[assignment]
             if isinstance(layer, DropPath):
                 layer.break_even = self.break_even
             return
@@ -221,7 +231,8 @@ class InsertDropPath(Pass):
         node.target = step.path
 
     def _layer(self, step: _Step) -> DropPath:
-        return DropPath(step.drop_prob, step.mode, break_even=self.break_even)
+        axis = step.site.batch_axis or 0
+        return DropPath(step.drop_prob, step.mode, axis=axis, break_even=self.break_even)
 
     def depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
         """Return the l of each site that is counted, and L."""
