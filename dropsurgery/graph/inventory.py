@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from dropsurgery.graph.module import graphs, module_path
 from dropsurgery.graph.trace import trace
 from dropsurgery.layers.attention import ScaledDotProductAttention
 from dropsurgery.layers.functions import FollowTraining
+from dropsurgery.layers.monte_carlo import MonteCarloAttention, MonteCarloMultiheadAttention
 from dropsurgery.tables import NOTHING, render
 
 Runs = Literal["in training", "always", "never", "in eval", "fixed by tracing"]
@@ -255,6 +257,17 @@ def _flagged(layer: FollowTraining, path: str, node: fx.Node) -> Iterator[Drop]:
         yield Drop(where, node.name, path, name, form, p, "in training")
 
 
+def matches(drop: Drop, where: str | tuple[str, ...] | None) -> bool:
+    """Say whether a pattern, or one of several, means a drop: by its path, module or node."""
+    if where is None:
+        return True
+    names = [name for name in (drop.path, drop.module) if name]
+    return any(
+        pattern == drop.node or any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        for pattern in ((where,) if isinstance(where, str) else where)
+    )
+
+
 def flagged_rates(layer: FollowTraining, node: fx.Node) -> dict[str, Any]:
     """Return the dropout rates that a call of `FollowTraining` is given, by argument."""
     given = bind(layer.function, node.args, {**node.kwargs, layer.argument: False}) or {}
@@ -282,6 +295,10 @@ def _of_layer(layer: nn.Module) -> Iterator[tuple[str, str, float | None, Runs]]
     kind = type(layer).__name__
     if is_drop(layer):
         yield kind, _layer_form(layer), rate(layer), "in training"
+    elif isinstance(layer, MonteCarloAttention | MonteCarloMultiheadAttention):
+        attention: Any = layer
+        p = attention.dropout_p if isinstance(layer, MonteCarloAttention) else attention.dropout
+        yield kind, "attention dropout", p, "always"
     elif isinstance(layer, ScaledDotProductAttention):
         yield kind, "attention dropout", layer.dropout_p, "in training"
     elif isinstance(layer, nn.MultiheadAttention):

@@ -10,6 +10,7 @@ from torch.fx.graph import PythonCode
 
 from dropsurgery.graph.drops import INSERTED_DROP
 from dropsurgery.graph.lower import compile_graph, lower
+from dropsurgery.graph.marks import MARKS
 from dropsurgery.graph.module import INSERTED, NATIVE
 
 # Under this key fx finds attributes that a deep copy of a GraphModule keeps.
@@ -74,7 +75,7 @@ class TracedModule(fx.GraphModule):
 
 
 # What a pickle keeps of node.meta: plain data.
-_PICKLED = frozenset({"nn_module_stack", INSERTED, NATIVE, INSERTED_DROP})
+_PICKLED = frozenset({"nn_module_stack", INSERTED, NATIVE, INSERTED_DROP, *MARKS})
 
 
 def _unpickle(

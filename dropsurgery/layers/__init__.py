@@ -5,10 +5,15 @@ from dropsurgery.layers.attentive_cutmix import AttentiveCutMix, Mixed
 from dropsurgery.layers.classic_dropout import ClassicDropout
 from dropsurgery.layers.cutout import Cutout
 from dropsurgery.layers.drop_block import DropBlock2d, DropBlock3d
-from dropsurgery.layers.drop_connect import DropConnect
+from dropsurgery.layers.drop_connect import DropConnect, linear
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.layers.dropout import GaussianDropout
 from dropsurgery.layers.functions import Apply, FollowTraining
+from dropsurgery.layers.monte_carlo import (
+    MonteCarloAttention,
+    MonteCarloDropout,
+    MonteCarloMultiheadAttention,
+)
 from dropsurgery.layers.noise import set_generator
 from dropsurgery.layers.seeded_dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from dropsurgery.layers.uniform_dropout import UniformDropout
@@ -31,8 +36,12 @@ __all__ = [
     "GaussianDropout",
     "GaussianMultiheadAttention",
     "Mixed",
+    "MonteCarloAttention",
+    "MonteCarloDropout",
+    "MonteCarloMultiheadAttention",
     "ScaledDotProductAttention",
     "UniformDropout",
     "WeightedChannelDropout",
+    "linear",
     "set_generator",
 ]

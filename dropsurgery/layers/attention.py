@@ -52,8 +52,8 @@ class ScaledDotProductAttention(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Return attention of `query` over `key` and `value`; the arguments are torch's."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        if self.noise == "bernoulli" or dropout_p == 0.0:
+        if not self.is_noisy():
+            dropout_p = self.dropout_p if self.training else 0.0
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa,
@@ -66,7 +66,15 @@ class ScaledDotProductAttention(nn.Module):
             length = (query.shape[-2], key.shape[-2])
             attn_mask = torch.ones(length, dtype=torch.bool, device=query.device).tril()
         weights = _weights(query, key, attn_mask, scale)
-        return (weights * gaussian_noise(weights, dropout_p)) @ value
+        return (weights * self.noise_like(weights)) @ value
+
+    def is_noisy(self) -> bool:
+        """Say whether the weights are multiplied by noise, which no fused kernel does."""
+        return self.training and self.noise == "gaussian" and self.dropout_p > 0.0
+
+    def noise_like(self, weights: Tensor) -> Tensor:
+        """Return the factors of the attention weights."""
+        return gaussian_noise(weights, self.dropout_p)
 
     def extra_repr(self) -> str:
         """Return the parameters for `repr`."""
@@ -92,7 +100,7 @@ class GaussianMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return attended values, and the weights where asked, as `nn.MultiheadAttention`."""
-        if not self.training or self.dropout == 0.0:
+        if not self.is_noisy():
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
@@ -111,6 +119,14 @@ class GaussianMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return output, None
         return output, weights.mean(dim=-3) if average_attn_weights else weights
+
+    def is_noisy(self) -> bool:
+        """Say whether the weights are multiplied by noise."""
+        return self.training and self.dropout > 0.0
+
+    def noise_like(self, weights: Tensor) -> Tensor:
+        """Return the factors of the attention weights."""
+        return gaussian_noise(weights, self.dropout)
 
     def _attend(
         self,
@@ -134,7 +150,7 @@ class GaussianMultiheadAttention(nn.MultiheadAttention):
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         weights = _weights(q, k, mask, None)
-        weights = weights * gaussian_noise(weights, self.dropout)
+        weights = weights * self.noise_like(weights)
         output: Tensor = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
         return output, weights
 

@@ -68,7 +68,7 @@ class Cutout(nn.Module):
         cut = (draws[2] < self.p).view(-1, 1, 1, 1)
         rows = self._covered(draws[0], x.shape[2]).view(x.shape[0], 1, -1, 1)
         columns = self._covered(draws[1], x.shape[3]).view(x.shape[0], 1, 1, -1)
-        return x.masked_fill(rows & columns & cut, self.value)
+        return torch.where(rows & columns & cut, self.value, x)
 
     def _covered(self, draws: Tensor, length: int) -> Tensor:
         """Return (N, length): which pixels of an axis the squares cover."""

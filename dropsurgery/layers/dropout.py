@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dropsurgery.errors import ArgumentError
-from dropsurgery.layers.noise import check_generator, check_units, noise_shape
+from dropsurgery.layers.noise import check_generator, check_input, check_units, noise_shape
 from dropsurgery.survival import check_probability
 
 
@@ -28,7 +28,8 @@ class GaussianDropout(nn.Module):
         Any floating-point tensor; output the same.
 
     Raises:
-        ArgumentError, ArgumentTypeError: p outside [0, 1), unknown units, no generator.
+        ArgumentError, ArgumentTypeError: p outside [0, 1), unknown units, no generator; in
+            training, an input that is not floating point.
     """
 
     generator: torch.Generator | None
@@ -51,6 +52,7 @@ class GaussianDropout(nn.Module):
         """Return `x` times noise (training) or as it is (eval)."""
         if not self.training or self.p == 0.0:
             return x
+        check_input(x, self)
         shape = noise_shape(x, self.units)
         empty = torch.empty_like(x) if shape == tuple(x.shape) else x.new_empty(shape)
         return x * _noise(empty, self.p, self.generator)

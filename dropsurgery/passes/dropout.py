@@ -1,296 +1,342 @@
-"""Every form of dropout in a network, turned into its eval-time identity or into Gaussian noise."""
+"""Every form of dropout in a network, turned into another form or taken out, and back again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import fx, nn
 from torch.nn import functional as F
 
-from dropsurgery.errors import ArgumentError
-from dropsurgery.graph.calls import DROPOUTS, bind
-from dropsurgery.graph.drops import is_drop, is_drop_block, is_drop_path, is_patch_dropout, rate
-from dropsurgery.graph.leaves import has_hooks
-from dropsurgery.graph.module import Skip, graphs, module_path, place_like
-from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
-from dropsurgery.layers.dropout import GaussianDropout
+from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
+from dropsurgery.graph.calls import bind
+from dropsurgery.graph.channels import Shapes
+from dropsurgery.graph.inventory import (
+    Drop,
+    attention_arguments,
+    drops_of,
+    flagged_rates,
+    matches,
+)
+from dropsurgery.graph.marks import MASK
+from dropsurgery.graph.module import Skip, graphs
 from dropsurgery.layers.functions import FollowTraining
+from dropsurgery.layers.monte_carlo import MonteCarloAttention, MonteCarloDropout
+from dropsurgery.layers.uniform_dropout import UniformDropout
 from dropsurgery.passes.base import Change, Pass, Plan
+from dropsurgery.passes.conversion import Conversion, Recorder, log_of, write_log
+from dropsurgery.passes.decide import Decider, Step
+from dropsurgery.passes.stand_ins import Target, attention_class, stand_in
+from dropsurgery.passes.undo import undo, undoable
 
-_CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
-_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+To = Literal["identity", "gaussian", "uniform", "classic", "inverted", "monte-carlo", "original"]
+Where = str | tuple[str, ...] | Callable[[Drop], bool] | None
 
-
-Action = Literal["bypass", "gaussian", "plain call", "inside"]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One call (node of graph number `graph`), or one layer at `path` inside a leaf."""
-
-    action: Action
-    node: str
-    graph: int = 0
-    path: str = ""
+_DONE = {
+    "identity": "removed", "gaussian": "made Gaussian", "uniform": "made uniform",
+    "classic": "made classic", "inverted": "made inverted", "monte-carlo": "made Monte-Carlo",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ConvertDropout(Pass):
-    """Turn every form of dropout into its eval-time identity, or into Gaussian noise.
+    """Turn every form of dropout into another form, or into its eval-time identity, or back.
 
-    Covered are all `nn.*Dropout*` layers, functional dropout, drop path (timm's, torchvision's and
-    dropsurgery's), timm's and torchvision's DropBlock, the dropout of
+    Covered is what `ds.find_drops` finds: all `nn.*Dropout*` layers, functional dropout, drop path
+    (timm's, torchvision's and dropsurgery's), DropBlock, the dropout of
     `scaled_dot_product_attention`, `nn.MultiheadAttention`, recurrent layers and functions that
     take a `training` flag, and dropout inside layers that stay whole (`TransformerEncoderLayer`).
+    With p the drop probability:
 
     - "identity": nothing is dropped any more, in training either, and no node is left. Exact in
       eval mode, except for dropout that is always on (`F.dropout(x, p)` without `training`).
     - "gaussian": in training the same units are multiplied by N(1, p/(1 - p)), which has the mean
       and variance of inverted dropout (Srivastava et al. 2014, section 10); the identity in eval.
+    - "uniform": in training they are multiplied by U(1 - β, 1 + β) with the same variance,
+      β = √(3p/(1 - p)), or with the `beta` given (Uout; Li et al. 2018, arXiv:1801.05134).
+    - "classic": the form of the first paper (Hinton et al. 2012): a mask without scaling in
+      training, a factor 1 - p in eval. The weights behind it are divided by 1 - p, so that the
+      network computes in both modes what it computed.
+    - "inverted": the usual form. Classic dropout's factor goes into the weights behind it;
+      Gaussian, uniform and Monte-Carlo noise becomes the Bernoulli noise of the same variance.
+    - "monte-carlo": noise in eval as in training, so that repeated runs sample (Gal and Ghahramani
+      2016); see `layers.MonteCarloDropout` and `ds.mc_predict`.
+    - "original": what conversions did is taken back, in reverse order: the code, the layers, their
+      rates and the weights are what they were.
 
-    The state-dict keys stay. What has no Gaussian form (a recurrent layer's dropout, DropBlock,
-    p = 1, always-on dropout) is left alone and listed.
+    The state-dict keys stay. What has no such form (a recurrent layer's dropout, DropBlock, p = 1,
+    raw draws) is left alone and listed.
 
     Args:
-        to: "identity" or "gaussian".
+        to: one of the forms above.
+        where: which drops: a pattern for the path of the layer or of the module that calls it
+            (`"layer4.*"`, as in `fnmatch`), the name of a node, a tuple of such, or a callable that
+            takes a `Drop` of `ds.find_drops`; every drop without.
+        beta: for "uniform", half the width of the noise, 0 or more.
+        noise: for "monte-carlo", "bernoulli" or "gaussian"; or "input": each mask is an input of
+            the network, behind its own, and what it multiplies is reproducible (`ds.draw_masks`).
         always_on: convert also dropout that drops in eval mode; `slim` leaves it, because taking
             it out changes what the network computes.
 
     Raises:
-        ArgumentError: an unknown target.
+        ArgumentError, ArgumentTypeError: an unknown form or noise, an argument that the form does
+            not take, a `where` that is none.
+        PassError: `where` matches no drop.
     """
 
-    to: Literal["identity", "gaussian"]
+    to: To
+    where: Where = None
+    beta: float | None = None
+    noise: Literal["bernoulli", "gaussian", "input"] = "bernoulli"
     always_on: bool = True
 
     def __post_init__(self) -> None:
-        if self.to not in ("identity", "gaussian"):
+        if self.to not in get_args(To):
+            known = ", ".join(map(repr, get_args(To)))
             raise ArgumentError(
-                f"dropout cannot be converted to {self.to!r}", fix="'identity' or 'gaussian'"
+                f"dropout cannot be converted to {self.to!r}", fix=f"one of {known}"
+            )
+        if self.noise not in ("bernoulli", "gaussian", "input"):
+            raise ArgumentError(
+                f"unknown noise {self.noise!r}", fix="'bernoulli', 'gaussian' or 'input'"
+            )
+        if self.noise != "bernoulli" and self.to != "monte-carlo":
+            raise ArgumentError(
+                f"noise={self.noise!r} goes with 'monte-carlo', not with {self.to!r}",
+                fix=f"ConvertDropout('monte-carlo', noise={self.noise!r})",
+            )
+        if self.beta is not None:
+            if self.to != "uniform":
+                raise ArgumentError(
+                    f"beta goes with 'uniform', not with {self.to!r}", fix="leave beta out"
+                )
+            UniformDropout(self.beta)
+        if isinstance(self.where, list):
+            object.__setattr__(self, "where", tuple(self.where))
+        names = self.where if isinstance(self.where, tuple) else ()
+        if not (
+            self.where is None or isinstance(self.where, str | tuple) or callable(self.where)
+        ) or not all(isinstance(name, str) for name in names):
+            raise ArgumentTypeError(
+                f"where chooses drops by a pattern, several, or a callable, got {self.where!r}",
+                fix="'layer4.*', ('layer3.*', 'head') or lambda drop: drop.form == 'drop path'",
             )
 
     def plan(self, module: fx.GraphModule) -> Plan:
         """List every drop, and what becomes of it."""
-        changes: list[Change] = []
-        skipped: list[Skip] = []
-        steps: list[_Step] = []
-        converted: set[str] = set()
-        for index, graph in enumerate(graphs(module)):
-            for node in graph.nodes:
-                for step, what, reason in self._convert(module, node, index):
-                    seen = step.path if step.action == "inside" else f"{index} {step.node}"
-                    if seen in converted:
-                        continue
-                    converted.add(seen)
-                    if reason:
-                        skipped.append(Skip(module_path(node), node.name, f"{what}: {reason}"))
-                        continue
-                    steps.append(step)
-                    verb = "removed" if self.to == "identity" else "made Gaussian"
-                    changes.append(Change(module_path(node), node.name, f"{verb} {what}"))
+        if self.to == "original":
+            return self._plan_original(module)
+        drops = list(drops_of(module))
+        self._check_where(drops)
+        decider = Decider(module, self.to, self._target(), self.noise, self.always_on)
+        changes, skipped, steps = [], [], []
+        seen: set[object] = set()
+        for drop in drops:
+            key = drop.path if drop.inside else (drop.graph, drop.node, drop.path)
+            if key in seen:
+                continue
+            seen.add(key)
+            if not self._chosen(drop):
+                reason = f"'{drop.path or drop.kind}' is not chosen by where={self.where!r}"
+                skipped.append(Skip(drop.module, drop.node, reason))
+                continue
+            step, reason = decider.decide(drop)
+            if reason:
+                skipped.append(Skip(drop.module, drop.node, f"{step.what}: {reason}"))
+            elif step.action != "nothing":
+                steps.append(step)
+                what = f"{_DONE[self.to]} {step.what}"
+                changes.append(Change(drop.module, drop.node, what + _taken(step)))
         return Plan(tuple(changes), tuple(skipped), tuple(steps))
 
-    def _convert(
-        self, module: fx.GraphModule, node: fx.Node, index: int
-    ) -> Iterator[tuple[_Step, str, str]]:
-        """Yield (step, what it is, why it is left alone or "") for the drops at one node."""
-        if node.op == "call_function":
-            found = self._function(node, index)
-            if found is not None:
-                yield found
-        elif node.op == "call_module":
-            path = str(node.target)
-            layer = module.get_submodule(path)
-            if is_drop(layer):
-                yield self._layer(layer, path, node, index)
-            elif isinstance(layer, ScaledDotProductAttention):
-                what = f"attention dropout p={layer.dropout_p:.4g} '{path}'"
-                reason = self._no_gaussian(layer.dropout_p)
-                action: Action = "plain call" if self.to == "identity" else "gaussian"
-                yield _Step(action, node.name, index, path), what, reason
-            elif isinstance(layer, FollowTraining):
-                found = self._flagged(layer, path, node, index)
-                if found is not None:
-                    yield found
+    def _plan_original(self, module: fx.GraphModule) -> Plan:
+        log = log_of(module)
+        self._check_where([conversion.drop for conversion in log])
+        changes, skipped, steps = [], [], []
+        for number, reason in undoable(module, lambda drop: self._chosen(drop)):
+            drop, what = log[number].drop, log[number].what
+            if reason:
+                skipped.append(Skip(drop.module, drop.node, f"{what}: {reason}"))
             else:
-                yield from self._inside(layer, path, node, index)
+                steps.append(number)
+                changes.append(Change(drop.module, drop.node, f"took back: {what}"))
+        if not log:
+            skipped.append(Skip("", "", "no dropout of this network was converted"))
+        return Plan(tuple(changes), tuple(skipped), tuple(steps))
 
-    def _layer(
-        self, layer: nn.Module, path: str, node: fx.Node, index: int
-    ) -> tuple[_Step, str, str]:
-        what = f"{type(layer).__name__} p={rate(layer):.4g} '{path}'"
-        if has_hooks(layer):
-            return _Step("bypass", node.name, index, path), what, "its forward hooks would be lost"
-        if self.to == "identity":
-            return _Step("bypass", node.name, index, path), what, ""
-        reason = self._no_gaussian(rate(layer))
-        if is_drop_block(layer) or is_patch_dropout(layer):
-            reason = "it drops regions, which has no Gaussian form"
-        elif getattr(layer, "inplace", False) and len(node.all_input_nodes[0].users) > 1:
-            reason = "it works in place on a tensor that others read"
-        return _Step("gaussian", node.name, index, path), what, reason
+    def _check_where(self, drops: list[Drop]) -> None:
+        if self.where is None or any(self._chosen(drop) for drop in drops):
+            return
+        known = list(dict.fromkeys(drop.path or drop.node for drop in drops))
+        raise PassError(
+            f"where={self.where!r} matches none of the {len(drops)} drops",
+            where=", ".join(known[:8]) + (", …" if len(known) > 8 else ""),
+            fix="a path or pattern of ds.find_drops(model), or a callable that takes a Drop",
+        )
 
-    def _function(self, node: fx.Node, index: int) -> tuple[_Step, str, str] | None:
-        if node.target is F.scaled_dot_product_attention:
-            p = _attention_arguments(node).get("dropout_p", 0.0)
-            if p == 0.0:
-                return None
-            step = _Step("plain call", node.name, index)
-            what = f"always-on attention dropout p={p}"
-        elif node.target in DROPOUTS:
-            arguments = bind(node.target, node.args, dict(node.kwargs)) or {}
-            step = _Step("bypass", node.name, index)
-            what = f"functional {node.target.__name__} p={arguments.get('p', 0.5)}"
-            flag = arguments.get("training", arguments.get("train", True))
-            if flag is False and self.to == "gaussian":
-                return step, what, "its training flag is fixed at False: it never drops"
-            if flag is False:
-                return step, what, ""
-            what = f"always-on {what}"
-        else:
-            return None
-        if self.to == "gaussian":
-            return step, what, "it drops in eval too, which Gaussian dropout does not"
-        if not self.always_on:
-            return step, what, "it drops in eval too: taking it out changes the network's output"
-        return step, what, ""
+    def _chosen(self, drop: Drop) -> bool:
+        if callable(self.where):
+            return bool(self.where(drop))
+        return matches(drop, self.where)
 
-    def _flagged(
-        self, layer: FollowTraining, path: str, node: fx.Node, index: int
-    ) -> tuple[_Step, str, str] | None:
-        name = getattr(layer.function, "__name__", "function")
-        given = bind(layer.function, node.args, {**node.kwargs, layer.argument: False}) or {}
-        rates = {key: value for key, value in given.items() if "dropout" in key}
-        if not rates:
-            return None
-        what = f"dropout of {name}({', '.join(f'{k}={v}' for k, v in rates.items())}) '{path}'"
-        step = _Step("plain call", node.name, index, path)
-        if self.to == "identity":
-            return step, what, ""
-        if all(value == 0 for value in rates.values()):
-            return None
-        return step, what, "it happens inside a function"
-
-    def _inside(
-        self, leaf: nn.Module, path: str, node: fx.Node, index: int
-    ) -> Iterator[tuple[_Step, str, str]]:
-        """Yield the drops of a leaf that is no drop layer itself."""
-        for name, layer in leaf.named_modules():
-            where = f"{path}.{name}" if name else path
-            step = _Step("inside", node.name, index, where)
-            kind = type(layer).__name__
-            if is_drop(layer) and name and rate(layer) > 0.0:
-                reason = "it drops regions" if is_drop_block(layer) else ""
-                reason = reason if self.to == "gaussian" else ""
-                what = f"{kind} p={rate(layer):.4g} '{where}' inside {type(leaf).__name__}"
-                yield step, what, reason or self._no_gaussian(rate(layer))
-            elif isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0.0:
-                what = f"attention dropout p={layer.dropout:.4g} of {kind} '{where}'"
-                reason = self._no_gaussian(layer.dropout)
-                plain = (nn.MultiheadAttention, GaussianMultiheadAttention)
-                if self.to == "gaussian" and type(layer) not in plain:
-                    reason = f"{kind} is a subclass with its own forward"
-                yield step, what, reason
-            elif isinstance(layer, nn.RNNBase) and layer.dropout > 0.0:
-                what = f"dropout p={layer.dropout:.4g} between the layers of {kind} '{where}'"
-                reason = "" if self.to == "identity" else "it happens inside a fused layer"
-                yield step, what, reason
-
-    def _no_gaussian(self, p: float) -> str:
-        return "its variance is infinite at p = 1" if self.to == "gaussian" and p == 1.0 else ""
+    def _target(self) -> Target:
+        noise = "bernoulli" if self.noise == "input" else self.noise
+        return Target(self.to, self.beta, noise)
 
     def perform(self, module: fx.GraphModule, plan: Plan) -> None:
-        """Carry out the plan; layers that nothing calls any more leave the module tree."""
+        """Carry out the plan, and write down how to take it back."""
+        if self.to == "original":
+            undo(module, plan.steps)
+            return
         named = [{node.name: node for node in graph.nodes} for graph in graphs(module)]
-        orphans: set[str] = set()
-        for step in plan.steps:
-            node = named[step.graph][step.node]
-            if step.action == "inside":
-                self._perform_inside(module, step.path)
-            elif step.action == "gaussian":
-                _swap(module, step.path, _gaussian(module.get_submodule(step.path)))
-            else:
-                orphans.add(step.path)
-                new = node.all_input_nodes[0]
-                if step.action == "plain call":
-                    new = _plain_call(module, node)
-                node.replace_all_uses_with(new)
-                node.graph.erase_node(node)
-        self._take_out(module, orphans - {""})
+        recorder = Recorder(module)
+        new: list[Conversion] = []
+        left: dict[int, tuple[nn.Module, int]] = {}
+        worker = _Worker(module, self._target(), recorder)
+        for number, step in enumerate(plan.steps):
+            drop = step.drop
+            if drop.path and step.action in ("erase", "plain", "mask"):
+                layer = module.get_submodule(drop.path)
+                left[id(layer)] = (layer, number)
+            worker.work(step, named[drop.graph][drop.node])
+            for path in step.takers:
+                recorder.scale(path, step.factor)
+            new.append(Conversion(drop, f"{_DONE[self.to]} {step.what}", tuple(recorder.edits)))
+            recorder.edits.clear()
+        removed = recorder.remove_unused(layer for layer, _ in left.values())
+        for key, edit in removed.items():
+            number = left[key][1]
+            conversion = new[number]
+            new[number] = Conversion(conversion.drop, conversion.what, (*conversion.edits, edit))
+        write_log(module, (*log_of(module), *new))
 
-    def _take_out(self, module: fx.GraphModule, paths: set[str]) -> None:
-        """Take layers out of the module tree, under all their names, that nothing uses any more."""
-        calls = (n for graph in graphs(module) for n in graph.nodes if n.op == "call_module")
-        called = {id(module.get_submodule(str(node.target))) for node in calls}
-        layers = {id(module.get_submodule(path)) for path in paths} - called
-        in_use = [path for path, leaf in module.named_modules() if id(leaf) in called and path]
-        for path, layer in list(module.named_modules(remove_duplicate=False)):
-            # A layer inside a leaf is the leaf's own, whoever else called it.
-            inside = any(path.startswith(f"{leaf}.") for leaf in in_use)
-            if id(layer) in layers and not inside:
-                module.delete_submodule(path)
+    def to_json(self, plan: Plan) -> dict[str, Any]:
+        """Return the parameters; what a callable decided is written down as names of nodes."""
+        where = self.where
+        if callable(where):
+            where = tuple(dict.fromkeys(change.node for change in plan.changes))
+        return {
+            "pass": self.name,
+            "to": self.to,
+            "where": list(where) if isinstance(where, tuple) else where,
+            "beta": self.beta,
+            "noise": self.noise,
+            "always_on": self.always_on,
+        }
 
-    def _perform_inside(self, module: fx.GraphModule, path: str) -> None:
-        layer = module.get_submodule(path)
-        if is_drop(layer):
-            new = nn.Identity() if self.to == "identity" else _gaussian(layer)
-            _swap(module, path, new.train(layer.training))
-        elif self.to == "identity":
-            layer.dropout = 0.0  # type: ignore[assignment]
+
+def _taken(step: Step) -> str:
+    if not step.takers:
+        return ""
+    return f"; its factor went into the weight of {', '.join(map(repr, step.takers))}"
+
+
+class _Worker:
+    """Carries out the steps of one conversion."""
+
+    def __init__(self, module: fx.GraphModule, target: Target, recorder: Recorder) -> None:
+        self._module = module
+        self._target = target
+        self._recorder = recorder
+        self._new: set[int] = set()
+        self._masks: dict[tuple[str, int], list[fx.Node]] = {}
+        self._turns: dict[tuple[int, str], int] = {}
+        self._shapes = [Shapes(module, graph) for graph in graphs(module)]
+
+    def work(self, step: Step, node: fx.Node) -> None:
+        """Carry out one step."""
+        drop, recorder = step.drop, self._recorder
+        if step.action == "erase":
+            recorder.erase(node, drop.graph)
+        elif step.action == "plain":
+            recorder.change(node, drop.graph, *self._plain_call(node))
+        elif step.action == "swap":
+            self._swap(drop, node)
+        elif step.action == "class":
+            layer: Any = self._module.get_submodule(drop.path)
+            cls = attention_class(layer, self._target)
+            values = {"noise": self._target.noise} if self._target.form == "monte-carlo" else {}
+            recorder.set(drop.path, cls=cls, **values)
+        elif step.action == "attribute":
+            recorder.set(drop.path, dropout=0.0)
+        elif step.action == "mask":
+            self._mask(step, node)
         else:
-            # Same parameters and state-dict keys; only the forward is another.
-            layer.__class__ = GaussianMultiheadAttention
+            self._add_layer(step, node)
+        if drop.inside and self._target.form == "monte-carlo":
+            self._no_fast_path(drop)
 
+    def _swap(self, drop: Drop, node: fx.Node) -> None:
+        layer = self._module.get_submodule(drop.path)
+        if id(layer) in self._new:
+            return  # a layer that several calls share
+        if self._target.form == "identity":
+            new: nn.Module | None = nn.Identity()
+        else:
+            new = stand_in(
+                layer, self._target, lambda: self._shapes[drop.graph].rank(node.all_input_nodes[0])
+            )
+        assert new is not None
+        self._new.add(id(new))
+        self._recorder.swap(drop.path, new)
 
-def _gaussian(layer: nn.Module) -> nn.Module:
-    """Return the Gaussian layer for a Bernoulli one, in the same mode."""
-    new: nn.Module
-    if isinstance(layer, ScaledDotProductAttention):
-        new = ScaledDotProductAttention(layer.dropout_p, "gaussian")
-    elif isinstance(layer, GaussianDropout):
-        new = layer
-    elif is_drop_path(layer):
-        new = GaussianDropout(rate(layer), str(getattr(layer, "mode", "row")))
-    else:
-        units = "channel" if isinstance(layer, _CHANNEL_DROPOUTS) else "element"
-        new = GaussianDropout(rate(layer), units)
-    return new.train(layer.training)
+    def _add_layer(self, step: Step, node: fx.Node) -> None:
+        """Let a layer do what an always-on function did."""
+        drop, noise = step.drop, self._target.noise
+        assert drop.rate is not None
+        layer: nn.Module
+        if node.target is F.scaled_dot_product_attention:
+            layer = MonteCarloAttention(drop.rate, noise)
+            given = attention_arguments(node)
+            given.pop("dropout_p", None)
+            args = tuple(given.pop(name) for name in ("query", "key", "value"))
+        else:
+            layer = MonteCarloDropout(drop.rate, noise, step.units)
+            args, given = (node.all_input_nodes[0],), {}
+        path = self._recorder.add_layer(drop.module, drop.kind, layer)
+        self._recorder.change(node, drop.graph, path, args, given)
 
+    def _mask(self, step: Step, node: fx.Node) -> None:
+        """Multiply by an input of the network; a call that both graphs make has one mask."""
+        name = step.drop.path or step.drop.module
+        turn = self._turns.get((step.drop.graph, name), 0)
+        self._turns[step.drop.graph, name] = turn + 1
+        key = (name, turn)
+        if key not in self._masks:
+            mark = {MASK: {"p": step.drop.rate, "units": step.units}}
+            count = len(self._masks)
+            label = f"mask_{count}" if count else "mask"
+            self._masks[key] = [
+                self._recorder.add_input(label, index, mark)
+                for index in range(len(graphs(self._module)))
+            ]
+        mask = self._masks[key][step.drop.graph]
+        args = (node.all_input_nodes[0], mask)
+        self._recorder.change(node, step.drop.graph, operator.mul, args, {})
 
-def _plain_call(module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Replace a call that drops by the same call of the plain function, without dropout."""
-    if node.op == "call_module":
-        layer = module.get_submodule(str(node.target))
-    else:
-        layer = ScaledDotProductAttention()
-    args: tuple[Any, ...]
-    if isinstance(layer, FollowTraining):
-        target = layer.function
-        given = bind(target, node.args, {**node.kwargs, layer.argument: False}) or {}
-        first, *rest = given
-        kwargs = {key: 0.0 if "dropout" in key else given[key] for key in rest}
-        args = (given[first],)
-    else:
-        target = F.scaled_dot_product_attention
-        given = _attention_arguments(node)
+    def _no_fast_path(self, drop: Drop) -> None:
+        """Keep torch's fused kernel, which has no noise, from a transformer layer in eval."""
+        leaf = self._module.get_submodule(drop.inside)
+        for name, layer in leaf.named_modules(prefix=drop.inside):
+            encodes = isinstance(layer, nn.TransformerEncoderLayer)
+            if encodes and drop.path.startswith(f"{name}.") and layer.activation_relu_or_gelu:
+                self._recorder.set(name, activation_relu_or_gelu=0)
+
+    def _plain_call(self, node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Return the same call of the plain function, without dropout."""
+        layer = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, FollowTraining):
+            given = bind(layer.function, node.args, {**node.kwargs, layer.argument: False}) or {}
+            rates = flagged_rates(layer, node)
+            first, *rest = given
+            return (
+                layer.function,
+                (given[first],),
+                {key: 0.0 if key in rates else given[key] for key in rest},
+            )
+        given = attention_arguments(node)
         given.pop("dropout_p", None)
-        args = tuple(given.pop(name) for name in _SDPA_ARGUMENTS[:3])
-        kwargs = given
-    with node.graph.inserting_before(node):
-        call = node.graph.call_function(target, args, kwargs)
-    place_like(call, node)
-    return call
-
-
-def _attention_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of an attention call by name: the function's, or our layer's."""
-    own = node.op == "call_module"
-    names = [name for name in _SDPA_ARGUMENTS if not (own and name == "dropout_p")]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _swap(module: nn.Module, path: str, new: nn.Module) -> None:
-    prefix, _, name = path.rpartition(".")
-    setattr(module.get_submodule(prefix), name, new)
+        args = tuple(given.pop(name) for name in ("query", "key", "value"))
+        return F.scaled_dot_product_attention, args, given

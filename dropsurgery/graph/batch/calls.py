@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from dropsurgery.graph.affine import argument
-from dropsurgery.graph.batch_values import State, Value, broadcast, tensor, unknown_rank
-from dropsurgery.graph.sizes import Algebra, Size
+from dropsurgery.graph.batch.sizes import Algebra, Size
+from dropsurgery.graph.batch.values import State, Value, broadcast, tensor, unknown_rank
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ class Call:
         values = [self.find(item) for item in items] if items is not None else None
         if isinstance(found, Parts):
             values = list(found.items) if found.each is None else [found.each]
-        if values is None or not all(isinstance(item, Value) for item in values):
-            return None
-        return values
+        tensors = [item for item in values or () if isinstance(item, Value)]
+        return tensors if values is not None and len(tensors) == len(values) else None
 
     def rest(self, index: int, *names: str) -> list[Any]:
         """Return a list of numbers, given as one tuple or as several arguments."""
@@ -165,3 +164,6 @@ class Call:
         while True:
             yield self.algebra.opaque("new", self.name, count)
             count += 1
+
+
+Rule = Callable[[Call], Found]

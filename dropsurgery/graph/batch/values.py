@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from dropsurgery.graph.sizes import BATCH_SIZE, ONE, Algebra, Size, product
+from dropsurgery.graph.batch.sizes import BATCH_SIZE, ONE, Algebra, Size, product
 
 
 class State(Enum):
@@ -95,6 +95,10 @@ class Value:
         if dim >= 0:
             return dim
         return None if self.rank.known is None else dim + self.rank.known
+
+    def axes(self, dims: Iterable[object]) -> list[int]:
+        """Return those axes, counted from the front, of which that is known."""
+        return [axis for axis in map(self.axis, dims) if axis is not None]
 
     def hits(self, dim: object) -> bool | None:
         """Say whether an axis is the one that the batch is on; None where that is not known."""
@@ -236,7 +240,7 @@ def _common_place(values: Sequence[Value], places: Sequence[Place]) -> Place | S
     return State.BLENDED if len({place.axis for place in places}) > 1 else State.UNKNOWN
 
 
-def reshape(name: str, value: Value, target: Sequence[Size | None], algebra: Algebra) -> Value:
+def laid_out(name: str, value: Value, target: Sequence[Size | None], algebra: Algebra) -> Value:
     """Return a value with its entries laid out anew, in row-major order.
 
     Args:

@@ -9,23 +9,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dropsurgery.graph.batch_calls import Call, Found, Parts
-from dropsurgery.graph.batch_rules import (
-    along,
-    attention,
-    embedded,
-    flattened,
-    last_axis,
-    normalised,
-    rule_of,
-    trailing,
-    unflattened,
-    windowed,
-)
-from dropsurgery.graph.batch_values import Place, State, Value, of_rank, tensor, unknown_rank
+from dropsurgery.graph.batch.along import along, last_axis, normalised, trailing, windowed
+from dropsurgery.graph.batch.calls import Call, Found, Parts
+from dropsurgery.graph.batch.products import attention, embedded
+from dropsurgery.graph.batch.rules import rule_of
+from dropsurgery.graph.batch.sizes import Size
+from dropsurgery.graph.batch.values import Place, State, Value, of_rank, tensor, unknown_rank
+from dropsurgery.graph.batch.views import flattened, unflattened
 from dropsurgery.graph.drops import is_drop
 from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
-from dropsurgery.graph.sizes import Size
 from dropsurgery.layers.attention import ScaledDotProductAttention
 from dropsurgery.layers.functions import FollowTraining
 
@@ -142,7 +134,7 @@ def _sequence(call: Call, value: Value, batch_first: bool) -> State | None:
     value = of_rank(call.algebra, value, 3)
     place = value.place
     if place is None:
-        return value.batch if value.batch is not State.NONE else State.UNKNOWN
+        return State.BLENDED if value.batch is State.BLENDED else State.UNKNOWN
     if len(value.sizes) == 2:  # one sequence without a batch
         return State.BLENDED if place.axis == 0 else State.UNKNOWN
     wanted = 0 if batch_first else 1

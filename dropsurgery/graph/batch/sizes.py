@@ -102,5 +102,6 @@ class Algebra:
             value = None if function is None else function(left, right)
         except (ArithmeticError, TypeError, ValueError):
             value = None
-        whole = value is not None and value == int(value)
-        return Size(int(value)) if whole else self.opaque(name, left, right)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return Size(value) if isinstance(value, int) else self.opaque(name, left, right)

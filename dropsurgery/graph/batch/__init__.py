@@ -17,14 +17,14 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, fx
 
 from dropsurgery.graph.affine import fetch
-from dropsurgery.graph.batch_calls import Call, Found, Parts
-from dropsurgery.graph.batch_modules import layer_output
-from dropsurgery.graph.batch_rules import rule_of
-from dropsurgery.graph.batch_values import Place, State, Value, tensor, unknown_rank
+from dropsurgery.graph.batch.calls import Call, Found, Parts
+from dropsurgery.graph.batch.layers import layer_output
+from dropsurgery.graph.batch.rules import rule_of
+from dropsurgery.graph.batch.sizes import BATCH_SIZE, Algebra, Size
+from dropsurgery.graph.batch.values import Place, State, Value, tensor, unknown_rank
 from dropsurgery.graph.channels import traced_shape
 from dropsurgery.graph.module import called_module
 from dropsurgery.graph.shapes import BATCH_META
-from dropsurgery.graph.sizes import BATCH_SIZE, Algebra, Size
 
 
 class BatchAxis(NamedTuple):
@@ -100,7 +100,9 @@ def _with_traced_shape(node: fx.Node, found: Found, algebra: Algebra) -> Found:
         batch = Place(axis) if kind == "axis" else _PROBED.get(kind, batch)
     if isinstance(batch, Place) and batch.axis >= len(shape):
         batch = State.UNKNOWN if shape else State.NONE
-    sizes = [Size(size) for size in shape]
+    sizes = [
+        algebra.opaque("axis", node.name, a) if s is None else Size(s) for a, s in enumerate(shape)
+    ]
     for axis, size in enumerate(found.sizes[: len(shape)]):
         if algebra.varies(size):
             sizes[axis] = size
