@@ -46,7 +46,7 @@ What surgery looks like, on the smallest residual network there is::
         return add
 """
 
-from dropsurgery import errors, layers, survival
+from dropsurgery import errors, layers, ramps, survival
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
 from dropsurgery.graph.inventory import find_drops
@@ -65,6 +65,7 @@ from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedCha
 from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
 from dropsurgery.rates import RateSchedule
+from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.verify import verify
@@ -88,6 +89,7 @@ __all__ = [
     "RateSchedule",
     "RemoveDropPath",
     "RemoveDrops",
+    "SurvivalSchedule",
     "apply",
     "errors",
     "export_onnx",
@@ -95,8 +97,11 @@ __all__ = [
     "find_residuals",
     "layers",
     "load",
+    "ramps",
     "retrofit",
     "save",
+    "seed_drop_paths",
+    "set_survival",
     "slim",
     "survival",
     "tap",

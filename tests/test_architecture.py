@@ -17,11 +17,11 @@ PACKAGE = Path(ds.__file__).parent
 # Each may import what stands before it, and its own siblings.
 LAYERS = [
     {"errors", "tables"},
-    {"survival"},
+    {"survival", "ramps"},
     {"layers"},
     {"graph"},
     {"passes"},
-    {"rates", "surgery", "store"},
+    {"rates", "schedule", "surgery", "store"},
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},

@@ -257,9 +257,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     return forward
 
 
-def _runner(
-    branch: Callable[..., Any], in_place: bool, copied: bool
-) -> Callable[..., Tensor]:
+def _runner(branch: Callable[..., Any], in_place: bool, copied: bool) -> Callable[..., Tensor]:
     """Return the function that runs a branch where it survives, and adds it.
 
     Args:

@@ -36,9 +36,7 @@ class Memory:
         source, target = self._root(left), self._root(right)
         if source is not target:
             self._parent[source] = target
-            self._members.setdefault(target, [target]).extend(
-                self._members.pop(source, [source])
-            )
+            self._members.setdefault(target, [target]).extend(self._members.pop(source, [source]))
 
     def group(self, value: fx.Node) -> list[fx.Node]:
         """Return every value that may share memory with this one, itself too."""

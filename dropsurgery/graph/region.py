@@ -6,7 +6,8 @@ fork, masks, position tables, sizes) is the region's boundary. The branch can be
 samples only, or not at all, where
 
 - the add is a plain one of two operands;
-- each tensor of the boundary has the batch on a known axis, or provably none of it;
+- each tensor of the boundary has the batch on a known axis, or provably none of it (where there is
+  one tensor and nothing is known of it, its batch is taken to be on axis 0, as the row mask does);
 - no node of the region writes into memory that is read outside of it (such a node, and what comes
   before it, stays outside: the region starts behind it);
 - nothing outside writes into the boundary while the region still reads it.
@@ -25,16 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dropsurgery.graph.batch import batch_axes
 from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.ops import Role, roles, writes_in_place
-
-class BatchAxis:
-    def __init__(self, kind, axis): self.kind=kind; self.axis=axis
-
-def batch_axes(module, graph):
-    from dropsurgery.graph.ops import roles
-    r = roles(module, graph)
-    return {n: BatchAxis("axis",0) if r[n] is Role.DATA else BatchAxis("none",None) for n in graph.nodes}
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -93,26 +87,18 @@ class Regions:
         nodes = self._nodes(branch, add, via)
         inside = set(nodes)
         boundary = _unique(v for n in nodes for v in n.all_input_nodes if v not in inside)
-        gathered: dict[fx.Node, int] = {}
-        passed: list[fx.Node] = []
-        scalars: list[fx.Node] = []
-        for value in boundary:
-            if value.op == "get_attr":
-                continue
-            if self.roles[value] is Role.SCALAR:
-                scalars.append(value)
-            elif (axis := self._axis(value)) is None:
-                passed.append(value)
-            else:
-                gathered[value] = axis
+        scalars = [v for v in boundary if self.roles[v] is Role.SCALAR]
+        tensors = [v for v in boundary if v.op != "get_attr" and v not in scalars]
+        sizes, asked_of = self._sizes(scalars)
+        axes = self._batch_axes(_unique((*tensors, *asked_of)))
+        gathered = {value: axes[value] for value in tensors if value in axes}
+        asked = {value: axes[value] for value in asked_of if value in axes}
+        passed = [value for value in tensors if value not in axes]
         if not gathered:
             raise NoRegion("nothing that the branch reads is known to hold the batch")
-        sizes, asked = self._sizes(scalars)
         self._check_writes(nodes, (*gathered, *passed))
         in_place = writes_in_place(self.module, add) and add.args[0] is skip
-        return Region(
-            branch, add, skip, nodes, gathered, sizes, asked, tuple(passed), in_place
-        )
+        return Region(branch, add, skip, nodes, gathered, sizes, asked, tuple(passed), in_place)
 
     def check_move(self, region: Region) -> None:
         """Check that the region may run as one piece right before its add.
@@ -125,9 +111,7 @@ class Regions:
                 if node not in set(region.nodes):
                     raise NoRegion(f"'{node.name}' writes in place into what the branch reads")
 
-    def _nodes(
-        self, branch: fx.Node, add: fx.Node, via: fx.Node | None
-    ) -> tuple[fx.Node, ...]:
+    def _nodes(self, branch: fx.Node, add: fx.Node, via: fx.Node | None) -> tuple[fx.Node, ...]:
         """Return the nodes that run for the branch alone."""
         outside: set[fx.Node] = set()
         while True:
@@ -187,34 +171,32 @@ class Regions:
             return True
         return any(o not in inside and o not in own for o in self.memory.group(node))
 
-    def _axis(self, value: fx.Node) -> int | None:
-        """Return the axis on which a tensor holds the batch, or None where it holds none of it."""
-        found = self.axes.get(value, BatchAxis("unknown", None))
-        if found.kind == "axis":
-            return found.axis
-        if found.kind == "none":
-            return None
-        raise NoRegion(
-            f"which axis of '{value.name}' is the batch is not known: "
-            "example_inputs may settle it"
-            if found.kind == "unknown"
-            else f"no axis of '{value.name}', which the branch reads, is the batch"
-        )
+    def _batch_axes(self, tensors: list[fx.Node]) -> dict[fx.Node, int]:
+        """Return the batch axis of those tensors that hold the batch."""
+        found = {v: self.axes[v] for v in tensors if self.axes[v].kind != "none"}
+        if len(found) == 1 and next(iter(found.values())).kind == "unknown":
+            return dict.fromkeys(found, 0)
+        for value, at in found.items():
+            if at.kind == "unknown":
+                raise NoRegion(
+                    f"which axis of '{value.name}' is the batch is not known; "
+                    "example_inputs may settle it"
+                )
+            if at.kind == "mixed":
+                raise NoRegion(f"no axis of '{value.name}', which the branch reads, is the batch")
+        return {value: at.axis for value, at in found.items() if at.axis is not None}
 
-    def _sizes(
-        self, scalars: list[fx.Node]
-    ) -> tuple[tuple[fx.Node, ...], dict[fx.Node, int]]:
+    def _sizes(self, scalars: list[fx.Node]) -> tuple[tuple[fx.Node, ...], list[fx.Node]]:
         """Return the sizes behind some values, and the tensors that they are asked of."""
-        sizes, asked, pending = set(scalars), {}, list(scalars)
+        sizes, asked, pending = set(scalars), dict[fx.Node, None](), list(scalars)
         while pending:
             for value in pending.pop().all_input_nodes:
-                if self.roles[value] is Role.SCALAR:
-                    if value not in sizes:
-                        sizes.add(value)
-                        pending.append(value)
-                elif value.op != "get_attr" and (axis := self._axis(value)) is not None:
-                    asked[value] = axis
-        return tuple(sorted(sizes, key=self.order.__getitem__)), asked
+                if self.roles[value] is not Role.SCALAR:
+                    asked[value] = None
+                elif value not in sizes:
+                    sizes.add(value)
+                    pending.append(value)
+        return tuple(sorted(sizes, key=self.order.__getitem__)), list(asked)
 
     def _check_writes(self, nodes: tuple[fx.Node, ...], boundary: Iterable[fx.Node]) -> None:
         """Refuse where something outside writes into the boundary between two of its reads."""

@@ -50,7 +50,7 @@ class TracedModule(fx.GraphModule):
     @property
     def running_code(self) -> str:
         """The Python code that a call runs: `code`, unless dropped work is left out."""
-        return self._runs or self.code
+        return str(self._runs or self.code)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of every submodule, as the network's own `train` does it."""

@@ -22,21 +22,40 @@ class Draws:
 
     Args:
         seed: any integer.
+        rank: mixed into the seed; 0 where every process is to draw the same.
 
     Attributes:
         step: which training step it is, from 0.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, rank: int = 0) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ArgumentError(f"seed must be an integer, got {seed!r}")
         self.seed = seed
         self.step = 0
-        # The same number where the masks are made: compiled code must not see it as a constant.
+        self._key = _mix_int(_mix_int(seed) + rank * _INCREMENT)
+        # The step where the masks are made: compiled code must not see it as a constant.
         self._counter = torch.zeros((), dtype=torch.int64)
 
-    def go_to(self, step: int) -> None:
-        """Set which step it is."""
+    def advance(self) -> None:
+        """Count one training step."""
+        self._go_to(self.step + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed and the step."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at a saved step.
+
+        Raises:
+            ArgumentError: the state is of draws from another seed.
+        """
+        if state.get("seed") != self.seed:
+            raise ArgumentError(f"the state is of seed {state.get('seed')!r}, not {self.seed}")
+        self._go_to(int(state["step"]))
+
+    def _go_to(self, step: int) -> None:
         self.step = step
         self._counter.fill_(step)
 
@@ -44,13 +63,13 @@ class Draws:
         """Return float64 (count,) in [0, 1), one number for each sample."""
         if self._counter.device != device:
             self._counter = self._counter.to(device)
-        key = _mix(_mix(self._counter + _wrap(self.seed * _INCREMENT)) + _wrap(site * _INCREMENT))
+        key = _mix(_mix(self._counter + _wrap(self._key)) + _wrap(site * _INCREMENT))
         bits = _mix(key + torch.arange(1, count + 1, device=device) * _wrap(_INCREMENT))
         return _shift(bits, 11).double() * 2.0**-53
 
     def number(self, site: int) -> float:
         """Return one float in [0, 1), on the host."""
-        key = _mix_int(self.step + self.seed * _INCREMENT)
+        key = _mix_int(self.step + self._key)
         return (_mix_int(_mix_int(key + site * _INCREMENT) + _INCREMENT) >> 11) * 2.0**-53
 
 

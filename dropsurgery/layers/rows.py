@@ -107,9 +107,7 @@ class _AddRows(torch.autograd.Function):
         out.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
         if last is not None:
             row = index[-1:]
-            kept = torch.where(
-                last, out.index_select(axis, row), dense.index_select(axis, row)
-            )
+            kept = torch.where(last, out.index_select(axis, row), dense.index_select(axis, row))
             out.index_copy_(axis, row, kept)
         return out.movedim(-1, 1) if moved else out
 

@@ -30,6 +30,10 @@ from dropsurgery.passes.base import Change, Pass, Plan
 from dropsurgery.passes.saved_work import SavedWork
 from dropsurgery.survival import check_probability
 
+_NOT_THE_BATCH = (
+    "no axis of the branch is the batch (windows or tokens share it), so that one draw an entry "
+    "would drop parts of samples; mode='batch' can"
+)
 Unit = Literal["block", "add", "position"]
 Where = str | tuple[str, ...] | Callable[[Site], bool] | None
 
@@ -50,6 +54,9 @@ class _Step:
 @dataclass(frozen=True)
 class InsertDropPath(Pass):
     """Put stochastic depth on the branch of every residual site, right before the add.
+
+    One draw is made for each entry of the batch axis: the leading one, unless the graph proves that
+    it is another (tokens first, batch second). A site where it is none at all is left alone.
 
     The eval output stays bit-identical and the state-dict keys stay the same. A site that already
     carries a drop-path layer (timm's `DropPath`, torchvision's `StochasticDepth`, or one from an
@@ -138,7 +145,7 @@ class InsertDropPath(Pass):
                 where=", ".join(known[:8]) + (", …" if len(known) > 8 else ""),
                 fix="a module path or pattern such as 'layer4.*', or a callable that takes a Site",
             )
-        depth, total = self._depths(residuals)
+        depth, total = self.depths(residuals)
         values = _table(self.survival, total).values
         drop_probs = {site: 1.0 - values[l - 1] for site, l in depth.items()}
         users = nodes_by_target(module)
@@ -160,6 +167,9 @@ class InsertDropPath(Pass):
             if alias is not None and native is None:
                 reason = f"the add overwrites its branch in place, which '{alias.name}' shares and "
                 skipped.append(Skip(site.module, site.add, f"{reason}others read afterwards"))
+                continue
+            if site.batch_axis is None and native is None and self.mode != "batch":
+                skipped.append(Skip(site.module, site.add, _NOT_THE_BATCH))
                 continue
             path = (
                 _target(module, site)
@@ -210,7 +220,7 @@ class InsertDropPath(Pass):
         if step.retune:
             set_rate(layer, step.drop_prob)
             if hasattr(layer, "mode"):
-                layer.mode = step.mode
+                layer.mode = step.mode  # type: ignore[assignment]
             if isinstance(layer, DropPath):
                 layer.break_even = self.break_even
             return
@@ -221,10 +231,11 @@ class InsertDropPath(Pass):
         node.target = step.path
 
     def _layer(self, step: _Step) -> DropPath:
-        return DropPath(step.drop_prob, step.mode, break_even=self.break_even)
+        axis = step.site.batch_axis or 0
+        return DropPath(step.drop_prob, step.mode, axis=axis, break_even=self.break_even)
 
-    def _depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
-        """Return l of every site, and L."""
+    def depths(self, residuals: Residuals) -> tuple[dict[Site, int], int]:
+        """Return the l of each site that is counted, and L."""
         sites = residuals.sites
         if self.count == "chosen":
             sites = tuple(site for site in sites if self._chosen(site))
