@@ -53,6 +53,7 @@ from dropsurgery.graph.inventory import find_drops
 from dropsurgery.graph.residual import find_residuals
 from dropsurgery.graph.trace import trace
 from dropsurgery.layers import DropPath
+from dropsurgery.monte_carlo import draw_masks, mc_predict
 from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
@@ -91,13 +92,18 @@ __all__ = [
     "RemoveDrops",
     "SurvivalSchedule",
     "apply",
+    "draw_masks",
     "errors",
     "export_onnx",
     "find_drops",
     "find_residuals",
     "layers",
     "load",
+<<<<<<< ours
     "ramps",
+=======
+    "mc_predict",
+>>>>>>> theirs
     "retrofit",
     "save",
     "seed_drop_paths",

@@ -29,8 +29,10 @@ from dropsurgery.graph.signature import (
 from dropsurgery.graph.trace import keep_eval, trace
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.onnx_writer import (
+    check_draws,
     check_opset,
     check_target,
+    is_monte_carlo,
     name_nodes,
     name_values,
     refuse_random_nodes,
@@ -95,12 +97,13 @@ def export_onnx(
     inputs = named_inputs(model, args)
     with _quiet():
         program = _capture(model, args, dynamic_batch)
-        _refuse_randomness(program)
+        draws = _refuse_randomness(program)
         onnx_program = _translate(program, _axes(model, args, dynamic_batch, BATCH), opset)
     ir_model = onnx_program.model
     name_values(ir_model, list(inputs), list(named_outputs(outputs)))
     name_nodes(ir_model)
     refuse_random_nodes(ir_model)
+    check_draws(ir_model, draws)
     check_opset(ir_model, opset)
     write_metadata(ir_model, model)
     save(ir_model, target)
@@ -330,7 +333,9 @@ def _captures_fixed(model: nn.Module, args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
+def _refuse_randomness(program: torch.export.ExportedProgram) -> int:
+    """Refuse what is random or would be inexact; return how often Monte-Carlo dropout draws."""
+    draws = 0
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -346,13 +351,16 @@ def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
             if torch.Tag.nondeterministic_seeded not in node.target.tags:
                 continue
             off = trains is False or given.get("dropout_p", given.get("p", 1)) == 0
-            if not off:
+            if not off and is_monte_carlo(str(node.meta.get("nn_module_stack"))):
+                draws += 1
+            elif not off:
                 raise ExportError(
                     f"the network draws random numbers in eval mode ({node.target.name()})",
                     where=_place(node),
                     fix="make the draw follow self.training, take it out "
                     '(ds.ConvertDropout("identity")), or make the noise an input',
                 )
+    return draws
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
 from dropsurgery.graph.module import HISTORY
 from dropsurgery.graph.signature import first_line
+from dropsurgery.monte_carlo import noise_record
 
 # A protobuf message holds at most 2 GiB; the graph itself takes some of it.
 ONE_FILE_LIMIT = 2**31 - 64 * 2**20
@@ -136,6 +137,8 @@ def refuse_random_nodes(ir_model: Any) -> None:
         except onnx.defs.SchemaError:
             continue  # a custom operator: nothing is known of it
         random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
+        if random and _draws_at_run_time(node):
+            continue
         # Dropout without its third input, training_mode, is the identity.
         if random and not (node.op_type == "Dropout" and len(node.inputs) < 3):
             raise ExportError(
@@ -143,6 +146,32 @@ def refuse_random_nodes(ir_model: Any) -> None:
                 where=node.name,
                 fix="take the randomness out, or make the noise an input",
             )
+
+
+def is_monte_carlo(places: str) -> bool:
+    """Say whether the names of the modules that hold a node name Monte-Carlo dropout."""
+    return "dropsurgery.layers.monte_carlo." in places
+
+
+def _draws_at_run_time(node: Any) -> bool:
+    """Say whether a node is a draw of Monte-Carlo dropout, in the form that stays random.
+
+    A runtime's optimiser folds what depends on constants, and takes Dropout nodes out.
+    """
+    places = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
+    alike = node.op_type in ("RandomUniformLike", "RandomNormalLike")
+    given = [value for value in node.inputs if value is not None and value.const_value is None]
+    return alike and is_monte_carlo(places) and bool(given)
+
+
+def check_draws(ir_model: Any, draws: int) -> None:
+    """Refuse a graph that lost one of the draws of Monte-Carlo dropout: folded, or merged."""
+    found = sum(_draws_at_run_time(node) for node in ir_model.graph.all_nodes())
+    if found != draws:
+        raise ExportError(
+            f"the exported graph draws {found} times at run time, the network {draws} times",
+            fix="let Monte-Carlo dropout draw for what depends on the input, not for a constant",
+        )
 
 
 def check_opset(ir_model: Any, opset: int | None) -> None:
@@ -176,6 +205,8 @@ def write_metadata(ir_model: Any, model: nn.Module) -> None:
             f"{_PREFIX}outputs": json.dumps([value.name for value in ir_model.graph.outputs]),
         }
     )
+    if noise := noise_record(model):
+        ir_model.metadata_props[f"{_PREFIX}noise"] = json.dumps(noise)
 
 
 def save(ir_model: Any, target: Path) -> None:

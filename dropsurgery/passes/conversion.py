@@ -49,7 +49,7 @@ class SwappedLayer:
         restored = clone_structure(self.layer)
         for path in self.paths:
             restored.train(module.get_submodule(path).training)
-            put(module, path, restored)
+            _put(module, path, restored)
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ class Recorder:
         paths = _paths(self.module, old)
         new.train(old.training)
         for each in paths:
-            put(self.module, each, new)
+            _put(self.module, each, new)
         self.edits.append(SwappedLayer(paths, old))
 
     def set(self, path: str, *, cls: type[nn.Module] | None = None, **values: Any) -> None:
@@ -435,10 +435,18 @@ class Recorder:
         return tag
 
 
-def put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Set the layer at a path."""
+def _put(module: fx.GraphModule, path: str, layer: nn.Module) -> None:
+    """Set the layer at a path, and its class in the places of the nodes that call it."""
     prefix, _, name = path.rpartition(".")
     setattr(module.get_submodule(prefix), name, layer)
+    for graph in graphs(module):
+        for node in graph.nodes:
+            if node.op == "call_module" and node.target == path:
+                stack = node.meta.get("nn_module_stack") or {}
+                node.meta["nn_module_stack"] = {
+                    key: (where, type(layer) if where == path else cls)
+                    for key, (where, cls) in stack.items()
+                }
 
 
 def scaled(weight: Tensor, factor: float) -> Tensor:
