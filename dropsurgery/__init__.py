@@ -99,11 +99,8 @@ __all__ = [
     "find_residuals",
     "layers",
     "load",
-<<<<<<< ours
-    "ramps",
-=======
     "mc_predict",
->>>>>>> theirs
+    "ramps",
     "retrofit",
     "save",
     "seed_drop_paths",
