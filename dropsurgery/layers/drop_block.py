@@ -82,7 +82,7 @@ class DropBlock2d(_DropBlock):
 
     Args:
         p: share of units to drop, in [0, 1). (1 - p is the paper's keep_prob, which it lowers
-            from 1 to its target during training: see `dropsurgery.RateSchedule`.)
+            from 1 to its target during training: see `ds.RateSchedule`.)
         block_size: edge of a block, or (height, width).
         per_channel: whether each channel has blocks of its own, or all channels of a sample share.
         generator: where the draws come from; None for the global generator.
