@@ -47,6 +47,7 @@ What surgery looks like, on the smallest residual network there is::
 """
 
 from dropsurgery import errors, layers, ramps, survival
+from dropsurgery.distributed import check_distributed, ddp_options
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
 from dropsurgery.graph.inventory import find_drops
@@ -96,6 +97,8 @@ __all__ = [
     "RemoveDrops",
     "SurvivalSchedule",
     "apply",
+    "check_distributed",
+    "ddp_options",
     "draw_masks",
     "errors",
     "export_onnx",

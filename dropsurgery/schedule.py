@@ -157,8 +157,8 @@ def seed_drop_paths(module: nn.Module, seed: int, *, per_rank: bool = False) -> 
     layers = {p: m for p, m in drop_paths(module).items() if isinstance(m, DropPath)}
     if not layers:
         raise PassError("the network has no ds.DropPath", fix="ds.retrofit(model) puts it in")
-    rank = dist.get_rank() if per_rank and dist.is_available() and dist.is_initialized() else 0
-    draws = Draws(seed, rank)
+    known = dist.is_available() and dist.is_initialized()
+    draws = Draws(seed, (dist.get_rank() if known else 0) if per_rank else None)
     for path, layer in layers.items():
         layer.draws = draws
         layer.site = zlib.crc32(path.encode())

@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"graph"},
     {"passes"},
-    {"monte_carlo", "rates", "recalibrate", "scale", "schedule", "surgery", "store"},
+    {"distributed", "monte_carlo", "rates", "recalibrate", "scale", "schedule", "surgery", "store"},
     {"variance_shift"},
     {"export", "onnx_writer"},
     {"verify"},

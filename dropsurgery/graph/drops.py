@@ -13,6 +13,7 @@ from dropsurgery.graph.leaves import (
     PATCH_DROPOUTS,
     forward_owner,
 )
+from dropsurgery.layers.drop_path import DropPath
 
 # Names under which projects keep a copy of stochastic depth, and those of its rate.
 _COPIES = frozenset({"DropPath", "StochasticDepth", "DropPathLayer"})
@@ -87,6 +88,8 @@ def set_rate(layer: nn.Module, drop_prob: float) -> None:
     name = rate_name(layer)
     assert name is not None
     setattr(layer, name, drop_prob)
+    if isinstance(layer, DropPath):
+        layer.peak = max(layer.peak, drop_prob)
 
 
 def _is_identity_in_eval(layer: nn.Module) -> bool:

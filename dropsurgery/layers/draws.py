@@ -22,18 +22,20 @@ class Draws:
 
     Args:
         seed: any integer.
-        rank: mixed into the seed; 0 where every process is to draw the same.
+        rank: mixed into the seed; None where every process is to draw the same.
 
     Attributes:
+        seed, rank: as given.
         step: which training step it is, from 0.
     """
 
-    def __init__(self, seed: int, rank: int = 0) -> None:
+    def __init__(self, seed: int, rank: int | None = None) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ArgumentError(f"seed must be an integer, got {seed!r}")
         self.seed = seed
+        self.rank = rank
         self.step = 0
-        self._key = _mix_int(_mix_int(seed) + rank * _INCREMENT)
+        self._key = _mix_int(_mix_int(seed) + (rank or 0) * _INCREMENT)
         # The step where the masks are made: compiled code must not see it as a constant.
         self._counter = torch.zeros((), dtype=torch.int64)
 

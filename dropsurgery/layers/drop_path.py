@@ -18,6 +18,8 @@ Mode = Literal["row", "subset", "batch"]
 # Below this drop probability computing a subset costs more than it saves; measured by
 # benchmarks/train_step.py --break-even.
 BREAK_EVEN = 0.05
+# Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
+_PARTS = 1 << 16
 
 
 def check_mode(mode: str) -> Mode:
@@ -55,6 +57,8 @@ class DropPath(nn.Module):
         break_even: for "subset", the drop probability from which on it saves time.
 
     Attributes:
+        peak: the largest drop probability that the layer was given. Compiled code takes a subset
+            or masks by this one, so that a rate that changes does not have it compiled again.
         draws: where the random numbers come from: None for the global generator, or `Draws`.
         site: which numbers of `draws` are this layer's.
 
@@ -68,6 +72,7 @@ class DropPath(nn.Module):
 
     draws: Draws | None
     site: int
+    peak: float
 
     def __init__(
         self,
@@ -78,12 +83,24 @@ class DropPath(nn.Module):
         break_even: float = BREAK_EVEN,
     ) -> None:
         super().__init__()
-        self.drop_prob = check_probability(drop_prob, "drop_prob")
+        self.drop_prob = self.peak = check_probability(drop_prob, "drop_prob")
         self.mode = check_mode(mode)
         self.axis = axis
         self.break_even = check_probability(break_even, "break_even")
         self.draws = None
         self.site = 0
+
+    @property
+    def drop_prob(self) -> float:
+        """The probability of dropping; may be set at any time, compiled or not."""
+        return self._drop_prob
+
+    @drop_prob.setter
+    def drop_prob(self, value: float) -> None:
+        self._drop_prob = check_probability(value, "drop_prob")
+        # How many rows a branch gets hangs on the rate. The compiler lets a size change from call
+        # to call where it comes from the size of a tensor, and not where it comes from a float.
+        self._parts = torch.empty(round((1.0 - value) * _PARTS), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` with its branch dropped (training) or as it is (eval)."""
@@ -106,19 +123,26 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
-        # The tolerance is for products such as 10 · 0.7, which floats do not hold.
-        count = max(math.ceil(batch * keep - 1e-9), 1)
-        if self.mode != "subset" or self.drop_prob < self.break_even or count >= batch:
+        if torch.compiler.is_compiling():
+            # Each question about the rate or the batch would be a guard, and each site would have
+            # code compiled again where its answer changes. A subset of all B rows is right too.
+            count = max((batch * (self._parts.shape[0] - 1) + _PARTS - 1) // _PARTS, 1)
+            masks, whole = self.peak < self.break_even, False
+        else:
+            # The tolerance is for products such as 10 · 0.7, which floats do not hold.
+            count = max(math.ceil(batch * keep - 1e-9), 1)
+            masks = self.drop_prob < self.break_even or count >= batch
+            whole = batch * keep - (count - 1) >= 1.0 - 1e-9
+        if self.mode != "subset" or masks:
             return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
-        share = batch * keep - (count - 1)
-        whole = share >= 1.0 - 1e-9
         if self.draws is None:
             index = torch.randperm(batch, device=x.device)[:count]
-            last = None if whole else torch.rand((), device=x.device) < share
+            chance = None if whole else torch.rand((), dtype=torch.float64, device=x.device)
         else:
             uniform = self.draws.uniform(batch + 1, self.site, x.device)
             index = uniform[:batch].argsort()[:count]
-            last = None if whole else uniform[batch] < share
+            chance = None if whole else uniform[batch]
+        last = None if chance is None else chance + (count - 1) < batch * keep
         return Rows(index, None, last, 1.0 / keep if keep > 0.0 else 0.0)
 
     def survives(self) -> bool:

@@ -70,15 +70,28 @@ def add_rows(
     if rows is None or rows.index is None:
         return skip.add_(branch) if in_place else skip + branch
     if in_place:
-        weight = branch.new_full((branch.shape[axis],), rows.scale)
-        if rows.last is not None:
-            weight = torch.cat([weight[:-1], weight[-1:] * rows.last])
-        return skip.index_add_(axis, rows.index, (branch * along(weight, branch, axis)).to(skip))
+        return skip.index_add_(axis, rows.index, _weighted(branch, rows, axis).to(skip))
     dtype = torch.promote_types(skip.dtype, branch.dtype)
     shape = torch.broadcast_shapes(skip.select(axis, 0).shape, branch.select(axis, 0).shape)
     skip, branch = (_spread(value.to(dtype), shape, axis) for value in (skip, branch))
+    if torch.compiler.is_compiling():
+        # The compiler takes no function of its own gradient with a size that hangs on the rate.
+        dense, moved = _dense(skip, axis)
+        added = _weighted(branch, rows, axis)
+        out = dense.index_add(axis, rows.index, added.movedim(1, -1) if moved else added)
+        return out.movedim(-1, 1) if moved else out
     sum_: Tensor = _AddRows.apply(skip, branch, rows.index, rows.last, rows.scale, axis)
     return sum_
+
+
+def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
+    """Return the rows of a branch as they count: scale times each, the last one or not."""
+    branch = branch * rows.scale
+    if rows.last is None:
+        return branch
+    count = branch.shape[axis]
+    counts = (torch.arange(count, device=branch.device) < count - 1) | rows.last
+    return torch.where(along(counts, branch, axis), branch, 0.0)
 
 
 def along(mask: Tensor, x: Tensor, axis: int) -> Tensor:

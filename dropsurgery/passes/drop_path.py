@@ -222,7 +222,7 @@ class InsertDropPath(Pass):
             if hasattr(layer, "mode"):
                 layer.mode = step.mode  # type: ignore[assignment]
             if isinstance(layer, DropPath):
-                layer.break_even = self.break_even
+                layer.break_even, layer.peak = self.break_even, step.drop_prob
             return
         if not _has_module(module, step.path):
             own = self._layer(step)

@@ -1,0 +1,212 @@
+"""torch.compile: no graph break, no compiling anew from step to step, and the same mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dropsurgery as ds
+from tests.distributed_ranks import Net
+from tests.drop_helpers import assert_mean
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        **{"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2},
+    )
+
+
+def swin() -> nn.Module:
+    sizes = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, num_classes=4, **sizes
+    )
+
+
+class Images(nn.Module):
+    """A residual network of two blocks, with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = torchvision.models.resnet.BasicBlock
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(block(8, 8), block(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (Net, (4,)),
+    "images": (Images, (3, 8, 8)),
+    "vit": (vit, (3, 16, 16)),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=4), (3, 32, 32)),
+    "swin": (swin, (3, 64, 64)),
+}
+
+
+def frames(
+    name: str,
+    mode: str,
+    *,
+    batches: list[int],
+    seeded: bool = False,
+    ramp: Callable[[int], float] | None = None,
+    backend: str = "eager",
+) -> list[int]:
+    """Train compiled; return how many frames had been compiled after each step."""
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    net = ds.retrofit(build(), 0.5, mode=mode).train()
+    draws = ds.seed_drop_paths(net, 3) if seeded else None
+    schedule = ds.SurvivalSchedule(net, ramp) if ramp else None
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    counts = []
+    for batch in batches:
+        compiled(torch.randn(batch, *shape)).square().mean().backward()
+        for parameter in net.parameters():
+            assert parameter.grad is None or bool(parameter.grad.isfinite().all())
+        net.zero_grad()
+        if schedule is not None:
+            schedule.step()
+        if draws is not None:
+            draws.advance()
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("name", ["mlp", "images"])
+def test_constant_rates_are_compiled_once(name: str, mode: str, seeded: bool) -> None:
+    assert frames(name, mode, batches=[8] * 4, seeded=seeded) == [1] * 4
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("name", ["mlp", "images"])
+def test_rates_that_change_are_compiled_once_more(name: str, mode: str, seeded: bool) -> None:
+    ramp = lambda step: 0.2 + 0.1 * step  # noqa: E731
+    counts = frames(name, mode, batches=[8] * 8, seeded=seeded, ramp=ramp)
+    assert counts == [1] + [2] * 7
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet18", "swin"])
+def test_known_networks_over_a_ramp(name: str) -> None:
+    """Not dropping, the first rate, any rate, any batch: four, and then no more."""
+    backend = "aot_eager" if name == "vit" else "eager"
+    batches = [8, 8, 8, 8, 8, 8, 12, 13, 11]
+    counts = frames(name, "subset", batches=batches, ramp=ds.ramps.linear(6), backend=backend)
+    assert counts == [1, 2, 3, 3, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_batch_sizes_that_change_are_compiled_once_more(mode: str) -> None:
+    counts = frames("mlp", mode, batches=[8, 8, 6, 7, 9, 12, 11])
+    assert counts == [1, 1] + [2] * 5
+
+
+def test_batch_mode_breaks_the_graph_at_each_branch() -> None:
+    net = ds.retrofit(Net(), 0.5, rule="constant", mode="batch").train()
+    broken = torch._dynamo.explain(net)(torch.randn(8, 4))
+    assert broken.graph_break_count >= 4
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(net, backend="eager", fullgraph=True)(torch.randn(8, 4))
+
+
+class Shares(nn.Module):
+    """A branch of ones on a skip of zeros: the output is the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(1, 1)
+        nn.init.zeros_(self.one.weight)
+        nn.init.ones_(self.one.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x).relu()
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_compiled_masks_are_of_the_right_mean(mode: str) -> None:
+    """Each sample survives with exactly p, for small and odd batches, and rates that move."""
+    net = ds.retrofit(Shares(), 0.7, rule="constant", mode=mode).train()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    layer = next(m for m in net.modules() if isinstance(m, ds.DropPath))
+    torch.manual_seed(3)
+    for batch, keep in [(7, 0.7), (7, 0.33), (2, 0.9), (10, 0.7), (3, 0.05)]:
+        ds.set_survival(net, ds.survival.constant(keep))
+        with torch.no_grad():
+            values = torch.stack([compiled(torch.zeros(batch, 1))[:, 0] for _ in range(1500)])
+        assert set(values.unique().tolist()) <= {0.0, float(torch.tensor(1.0 / keep))}
+        assert_mean(values, 1.0)
+        kept = (values > 0.0).sum(1)
+        if mode == "subset":  # whole samples, but for one that makes up the fraction
+            assert int(kept.max()) - int(kept.min()) <= 1
+    assert layer.drop_prob == pytest.approx(0.95)
+
+
+def test_seeded_draws_are_the_same_compiled() -> None:
+    """With seeded draws the compiled network gives what the eager one gives, step after step."""
+    for mode in ("row", "subset"):
+        torch.manual_seed(0)
+        net = ds.retrofit(Net().double(), 0.5, mode=mode).train()
+        draws = ds.seed_drop_paths(net, 3)
+        schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        outputs = []
+        for _ in range(4):
+            x = torch.randn(16, 4, dtype=torch.float64)
+            results: list[Any] = []
+            for run in (compiled, net):
+                net.zero_grad()
+                output = run(x)
+                output.square().sum().backward()
+                results.append([output, *(p.grad.clone() for p in net.parameters())])  # type: ignore[union-attr]
+            for found, expected in zip(*results, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            outputs.append(results[0][0])
+            schedule.step()
+            draws.advance()
+        with torch.no_grad():
+            assert not torch.allclose(net(x), outputs[-1])  # another step draws otherwise
+
+
+# Importing the compiler's own modules warns.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_inductor(mode: str) -> None:
+    """The real compiler: seeded draws, values and gradients of the eager network."""
+    torch.manual_seed(0)
+    net = ds.retrofit(Net(), 0.5, mode=mode).train()
+    draws = ds.seed_drop_paths(net, 3)
+    schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
+    compiled = torch.compile(net, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(16, 4)
+        results: list[Any] = []
+        for run in (compiled, net):
+            net.zero_grad()
+            output = run(x)
+            output.square().sum().backward()
+            results.append([output, *(p.grad.clone() for p in net.parameters())])  # type: ignore[union-attr]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        schedule.step()
+        draws.advance()
