@@ -68,7 +68,7 @@ def check_distributed(module: nn.Module) -> None:
     for path, layer in _skipping(module).items():
         if layer.draws is None or layer.draws.rank is not None:
             raise PassError(
-                "with fully_shard, branches with mode 'batch' must be dropped on all ranks together",
+                "with fully_shard, mode 'batch' must drop a branch on all ranks together",
                 where=path,
                 fix="ds.seed_drop_paths(module, seed), with the same seed on every rank",
             )

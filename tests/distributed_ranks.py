@@ -1,4 +1,4 @@
-"""What two processes do in test_distributed.py: each function runs on both, and returns a report."""
+"""What two processes do in test_distributed.py: each case runs on both, and returns a report."""
 
 from __future__ import annotations
 

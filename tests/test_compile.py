@@ -25,10 +25,8 @@ def _fresh() -> Iterator[None]:
 
 
 def vit() -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2},
-    )
+    sizes = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=4, **sizes)
 
 
 def swin() -> nn.Module:
@@ -55,7 +53,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (Net, (4,)),
     "images": (Images, (3, 8, 8)),
     "vit": (vit, (3, 16, 16)),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=4), (3, 32, 32)),
     "swin": (swin, (3, 64, 64)),
 }
 
@@ -67,7 +64,6 @@ def frames(
     batches: list[int],
     seeded: bool = False,
     ramp: Callable[[int], float] | None = None,
-    backend: str = "eager",
 ) -> list[int]:
     """Train compiled; return how many frames had been compiled after each step."""
     build, shape = NETWORKS[name]
@@ -75,7 +71,7 @@ def frames(
     net = ds.retrofit(build(), 0.5, mode=mode).train()
     draws = ds.seed_drop_paths(net, 3) if seeded else None
     schedule = ds.SurvivalSchedule(net, ramp) if ramp else None
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     counts = []
     for batch in batches:
@@ -107,13 +103,12 @@ def test_rates_that_change_are_compiled_once_more(name: str, mode: str, seeded: 
     assert counts == [1] + [2] * 7
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet18", "swin"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
 def test_known_networks_over_a_ramp(name: str) -> None:
     """Not dropping, the first rate, any rate, any batch: four, and then no more."""
-    backend = "aot_eager" if name == "vit" else "eager"
-    batches = [8, 8, 8, 8, 8, 8, 12, 13, 11]
-    counts = frames(name, "subset", batches=batches, ramp=ds.ramps.linear(6), backend=backend)
-    assert counts == [1, 2, 3, 3, 3, 3, 4, 4, 4]
+    batches = [8, 8, 8, 8, 8, 12, 13, 11]
+    counts = frames(name, "subset", batches=batches, ramp=ds.ramps.linear(6))
+    assert counts == [1, 2, 3, 3, 3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("mode", ["row", "subset"])
@@ -122,6 +117,8 @@ def test_batch_sizes_that_change_are_compiled_once_more(mode: str) -> None:
     assert counts == [1, 1] + [2] * 5
 
 
+# Where the graph is broken, dynamo looks for the gradient of a tensor that has none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_batch_mode_breaks_the_graph_at_each_branch() -> None:
     net = ds.retrofit(Net(), 0.5, rule="constant", mode="batch").train()
     broken = torch._dynamo.explain(net)(torch.randn(8, 4))
@@ -162,51 +159,57 @@ def test_compiled_masks_are_of_the_right_mean(mode: str) -> None:
     assert layer.drop_prob == pytest.approx(0.95)
 
 
-def test_seeded_draws_are_the_same_compiled() -> None:
+def compare(compiled: Callable[..., Any], net: nn.Module, x: Tensor, tolerance: float) -> Tensor:
+    """Compare values and gradients of the compiled and the eager network; return the output."""
+    results: list[list[Tensor | None]] = []
+    for run in (compiled, net):
+        net.zero_grad()
+        output = run(x)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in net.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    return output.detach()
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_seeded_draws_are_the_same_compiled(mode: str) -> None:
     """With seeded draws the compiled network gives what the eager one gives, step after step."""
-    for mode in ("row", "subset"):
-        torch.manual_seed(0)
-        net = ds.retrofit(Net().double(), 0.5, mode=mode).train()
-        draws = ds.seed_drop_paths(net, 3)
-        schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
-        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-        outputs = []
-        for _ in range(4):
-            x = torch.randn(16, 4, dtype=torch.float64)
-            results: list[Any] = []
-            for run in (compiled, net):
-                net.zero_grad()
-                output = run(x)
-                output.square().sum().backward()
-                results.append([output, *(p.grad.clone() for p in net.parameters())])  # type: ignore[union-attr]
-            for found, expected in zip(*results, strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-            outputs.append(results[0][0])
-            schedule.step()
-            draws.advance()
-        with torch.no_grad():
-            assert not torch.allclose(net(x), outputs[-1])  # another step draws otherwise
+    torch.manual_seed(0)
+    net = ds.retrofit(Net().double(), 0.5, mode=mode).train()
+    draws = ds.seed_drop_paths(net, 3)
+    schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(16, 4, dtype=torch.float64)
+    outputs = []
+    for _ in range(4):
+        outputs.append(compare(compiled, net, x, 1e-10))
+        schedule.step()
+        draws.advance()
+    assert not torch.allclose(outputs[-1], outputs[-2])  # another step draws otherwise
+
+
+class Small(nn.Module):
+    """One branch, so that the real compiler has little to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x).tanh()
 
 
 # Importing the compiler's own modules warns.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["row", "subset"])
-def test_inductor(mode: str) -> None:
-    """The real compiler: seeded draws, values and gradients of the eager network."""
+def test_inductor() -> None:
+    """The real compiler, with seeded draws: values and gradients are those of the eager network."""
     torch.manual_seed(0)
-    net = ds.retrofit(Net(), 0.5, mode=mode).train()
+    net = ds.retrofit(Small(), 0.5, mode="subset").train()
     draws = ds.seed_drop_paths(net, 3)
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, fullgraph=True)
-    for _ in range(3):
-        x = torch.randn(16, 4)
-        results: list[Any] = []
-        for run in (compiled, net):
-            net.zero_grad()
-            output = run(x)
-            output.square().sum().backward()
-            results.append([output, *(p.grad.clone() for p in net.parameters())])  # type: ignore[union-attr]
-        for found, expected in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for _ in range(4):
+        compare(compiled, net, torch.randn(16, 4), 1e-5)
         schedule.step()
         draws.advance()

@@ -78,7 +78,7 @@ def test_a_sharded_block_is_never_called(reports: list[dict[str, Any]]) -> None:
 def test_sharded_batch_mode_needs_ranks_in_step(reports: list[dict[str, Any]]) -> None:
     for name in ("refused unseeded", "refused per rank"):
         for message in of_both(reports, name):
-            assert "must be dropped on all ranks together" in message
+            assert "must drop a branch on all ranks together" in message
             assert "ds.seed_drop_paths" in message
 
 

@@ -23,7 +23,8 @@ class Rows(NamedTuple):
         scale: the factor of every row that counts.
     """
 
-    index: Tensor | None
+    # A tuple has a method of this name.
+    index: Tensor | None  # type: ignore[assignment]
     mask: Tensor | None = None
     last: Tensor | None = None
     scale: float = 1.0
@@ -115,14 +116,16 @@ class _AddRows(torch.autograd.Function):
         scale: float,
         axis: int,
     ) -> Tensor:
-        dense, moved = _dense(skip, axis)
-        out = dense.clone()
-        out.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
+        # The clone itself is returned: an in-place activation may not write to a function's view.
+        out = skip.clone()
+        dense, moved = _dense(out, axis)
+        dense.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
         if last is not None:
             row = index[-1:]
-            kept = torch.where(last, out.index_select(axis, row), dense.index_select(axis, row))
-            out.index_copy_(axis, row, kept)
-        return out.movedim(-1, 1) if moved else out
+            before = skip.movedim(1, -1) if moved else skip
+            kept = torch.where(last, dense.index_select(axis, row), before.index_select(axis, row))
+            dense.index_copy_(axis, row, kept)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
