@@ -47,6 +47,7 @@ What surgery looks like, on the smallest residual network there is::
 """
 
 from dropsurgery import errors, layers, ramps, survival
+from dropsurgery.compute import expected_compute
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
 from dropsurgery.graph.inventory import find_drops
@@ -94,6 +95,7 @@ __all__ = [
     "apply",
     "draw_masks",
     "errors",
+    "expected_compute",
     "export_onnx",
     "find_drops",
     "find_residuals",

@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"graph"},
     {"passes"},
-    {"rates", "schedule", "surgery", "store"},
+    {"rates", "compute", "schedule", "surgery", "store"},
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},

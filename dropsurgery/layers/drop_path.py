@@ -106,9 +106,8 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
-        # The tolerance is for products such as 10 · 0.7, which floats do not hold.
-        count = max(math.ceil(batch * keep - 1e-9), 1)
-        if self.mode != "subset" or self.drop_prob < self.break_even or count >= batch:
+        count = self.count(batch)
+        if count == batch:
             return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         share = batch * keep - (count - 1)
         whole = share >= 1.0 - 1e-9
@@ -120,6 +119,13 @@ class DropPath(nn.Module):
             index = uniform[:batch].argsort()[:count]
             last = None if whole else uniform[batch] < share
         return Rows(index, None, last, 1.0 / keep if keep > 0.0 else 0.0)
+
+    def count(self, batch: int) -> int:
+        """Return for how many samples of a batch the branch is computed in training."""
+        if self.mode != "subset" or self.drop_prob < self.break_even:
+            return batch
+        # The tolerance is for products such as 10 · 0.7, which floats do not hold.
+        return min(max(math.ceil(batch * (1.0 - self.drop_prob) - 1e-9), 1), batch)
 
     def survives(self) -> bool:
         """Draw, on the host, whether a whole mini-batch keeps the branch; always so in eval."""
