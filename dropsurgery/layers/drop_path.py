@@ -110,15 +110,14 @@ class DropPath(nn.Module):
         if count == batch:
             return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         share = batch * keep - (count - 1)
-        whole = share >= 1.0 - 1e-9
+        scale = 1.0 / keep if keep > 0.0 else 0.0
         if self.draws is None:
             index = torch.randperm(batch, device=x.device)[:count]
-            last = None if whole else torch.rand((), device=x.device) < share
         else:
-            uniform = self.draws.uniform(batch + 1, self.site, x.device)
-            index = uniform[:batch].argsort()[:count]
-            last = None if whole else uniform[batch] < share
-        return Rows(index, None, last, 1.0 / keep if keep > 0.0 else 0.0)
+            index = self.draws.uniform(batch, self.site, x.device).argsort()[:count]
+        if torch.compiler.is_compiling():
+            return Rows(index, None, self._number_compiled(x.device) < share, scale)
+        return Rows(index, None, share >= 1.0 - 1e-9 or self._number() < share, scale)
 
     def count(self, batch: int) -> int:
         """Return for how many samples of a batch the branch is computed in training."""
@@ -131,10 +130,19 @@ class DropPath(nn.Module):
         """Draw, on the host, whether a whole mini-batch keeps the branch; always so in eval."""
         if not self.training or self.drop_prob == 0.0:
             return True
-        keep = 1.0 - self.drop_prob
+        return self._number() < 1.0 - self.drop_prob
+
+    def _number(self) -> float:
+        """Draw a number in [0, 1) on the host, whatever the device: nothing waits for it."""
         if self.draws is not None:
-            return self.draws.number(self.site) < keep
-        return bool(torch.empty(1).bernoulli_(keep).item())
+            return self.draws.number(self.site + 1)
+        return torch.rand((), dtype=torch.float64, device="cpu").item()
+
+    def _number_compiled(self, device: torch.device) -> Tensor:
+        """Draw the same as a tensor."""
+        if self.draws is not None:
+            return self.draws.uniform(1, self.site + 1, device)[0]
+        return torch.rand((), device=device)
 
     def _mask(self, x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Return a (count,) mask of 0 and 1/keep on the device of `x`."""

@@ -19,13 +19,13 @@ class Rows(NamedTuple):
         index: int64 (k,), the samples in the order in which they stand in the branch; None for all
             of them, in their own order.
         mask: (B,), the factor of each sample, where `index` is None.
-        last: bool (), whether the last row of `index` counts; None where it always does.
+        last: whether the last row of `index` counts; in compiled code a bool tensor ().
         scale: the factor of every row that counts.
     """
 
     index: Tensor | None
     mask: Tensor | None = None
-    last: Tensor | None = None
+    last: bool | Tensor = True
     scale: float = 1.0
 
 
@@ -71,7 +71,7 @@ def add_rows(
         return skip.add_(branch) if in_place else skip + branch
     if in_place:
         weight = branch.new_full((branch.shape[axis],), rows.scale)
-        if rows.last is not None:
+        if rows.last is not True:
             weight = torch.cat([weight[:-1], weight[-1:] * rows.last])
         return skip.index_add_(axis, rows.index, (branch * along(weight, branch, axis)).to(skip))
     dtype = torch.promote_types(skip.dtype, branch.dtype)
@@ -98,14 +98,19 @@ class _AddRows(torch.autograd.Function):
         skip: Tensor,
         branch: Tensor,
         index: Tensor,
-        last: Tensor | None,
+        last: bool | Tensor,
         scale: float,
         axis: int,
     ) -> Tensor:
         dense, moved = _dense(skip, axis)
+        branch = branch.movedim(1, -1) if moved else branch
         out = dense.clone()
-        out.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
-        if last is not None:
+        if last is False:
+            count = index.shape[0] - 1
+            out.index_add_(axis, index[:count], branch.narrow(axis, 0, count), alpha=scale)
+        else:
+            out.index_add_(axis, index, branch, alpha=scale)
+        if isinstance(last, Tensor):
             row = index[-1:]
             kept = torch.where(last, out.index_select(axis, row), dense.index_select(axis, row))
             out.index_copy_(axis, row, kept)
@@ -113,21 +118,26 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, index, last, ctx.scale, ctx.axis = inputs
-        ctx.save_for_backward(index, last)
+        _, _, index, ctx.last, ctx.scale, ctx.axis = inputs
+        if isinstance(ctx.last, Tensor):
+            ctx.save_for_backward(index, ctx.last)
+            ctx.last = None
+        else:
+            ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        index, last = ctx.saved_tensors
+        index, *last = ctx.saved_tensors
         branch = None
         if ctx.needs_input_grad[1]:
             dense, moved = _dense(gradient, ctx.axis)
-            branch = dense.index_select(ctx.axis, index) * ctx.scale
-            if last is not None:
-                count = index.shape[0] - 1
-                row = branch.narrow(ctx.axis, count, 1)
-                branch.narrow(ctx.axis, count, 1).copy_(torch.where(last, row, 0.0))
+            branch = dense.index_select(ctx.axis, index).mul_(ctx.scale)
+            row = branch.narrow(ctx.axis, index.shape[0] - 1, 1)
+            if last:
+                row.copy_(torch.where(last[0], row, 0.0))
+            elif not ctx.last:
+                row.zero_()
             branch = branch.movedim(-1, 1) if moved else branch
         return gradient, branch, None, None, None, None
 
