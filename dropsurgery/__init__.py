@@ -64,12 +64,15 @@ from dropsurgery.passes.insert_drop_block import InsertDropBlock
 from dropsurgery.passes.insert_drop_connect import InsertDropConnect
 from dropsurgery.passes.insert_dropout import InsertDropout
 from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedChannelDropout
+from dropsurgery.passes.move_dropout import MoveDropoutAfterLastNorm
 from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
 from dropsurgery.rates import RateSchedule
+from dropsurgery.recalibrate import recalibrate_batchnorm
 from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
+from dropsurgery.variance_shift import find_variance_shift
 from dropsurgery.verify import verify
 
 # After `verify`, so that the name is the function and not the package it lives in.
@@ -88,6 +91,7 @@ __all__ = [
     "InsertDropPath",
     "InsertDropout",
     "InsertWeightedChannelDropout",
+    "MoveDropoutAfterLastNorm",
     "RateSchedule",
     "RemoveDropPath",
     "RemoveDrops",
@@ -99,10 +103,12 @@ __all__ = [
     "export_onnx",
     "find_drops",
     "find_residuals",
+    "find_variance_shift",
     "layers",
     "load",
     "mc_predict",
     "ramps",
+    "recalibrate_batchnorm",
     "retrofit",
     "save",
     "seed_drop_paths",

@@ -147,9 +147,7 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
     return Compute(tuple(sites), sum(costs.values()), expected, batch)
 
 
-def _region(
-    module: fx.GraphModule, regions: Regions, node: fx.Node
-) -> tuple[Region | None, str]:
+def _region(module: fx.GraphModule, regions: Regions, node: fx.Node) -> tuple[Region | None, str]:
     try:
         return region_of(module, regions, node), ""
     except NoRegion as error:
@@ -187,9 +185,7 @@ class _Counter(fx.Interpreter):
         return result
 
 
-def _costs(
-    module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]
-) -> dict[fx.Node, int]:
+def _costs(module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]) -> dict[fx.Node, int]:
     """Return the floating-point operations of each node that has any."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]

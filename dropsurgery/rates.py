@@ -1,63 +1,48 @@
-"""Drop rates that change during training."""
+"""Rates of every kind of drop layer, while training goes on."""
 
 from __future__ import annotations
 
 import fnmatch
-import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.drops import is_classic, is_drop, rate, rate_name, set_rate
-
-Shape = Literal["linear", "cosine", "step"]
+from dropsurgery.ramps import Ramp
+from dropsurgery.survival import check_probability
 
 
 class RateSchedule:
-    """Brings the rates of drop layers from a fraction of what they are to all of it.
+    """Lets the rates of a network's drop layers grow, or end, over training.
 
-    Every layer keeps its own target: the rate that it has when the schedule is made. At step t the
-    rate is target · (start + (1 - start)·f), where f goes from 0 to 1 during `steps` steps that
-    begin after `delay`. For DropBlock this is the schedule of its paper, whose keep_prob goes
-    linearly from 1 to its target.
+    At step t every layer has its final rate, which is the one it has when the schedule is made,
+    times `ramp(t)`. The first step's rates are set at once; call `step()` after each training
+    step, as with a learning-rate scheduler. With `ds.ramps.linear` it is the schedule of the
+    DropBlock paper, whose keep_prob goes from 1 to its target. (`SurvivalSchedule` does the same
+    for drop paths alone, and takes a rule.)
 
-    Compiled networks take a new rate without compiling again (but for
-    `WeightedChannelDropout.random_p`, which no schedule changes).
+    A compiled network takes a new rate without compiling again, but for torch's own dropout layers
+    (torch 2.13 compiles these for each rate), and for the change from rate 0 to another.
 
     Args:
-        module: the network; its drop layers are changed in place, and have the rate of step 0 at
-            once.
-        steps: how many steps the ramp takes, at least 1.
-        shape: "linear"; "cosine", which starts and ends flat; or "step", all at once at the end.
-        start: which fraction of the target the rates begin at, in [0, 1].
-        delay: how many steps come before the ramp.
+        module: the network; the rates of its drop layers are changed in place.
+        ramp: ramp(step) → share of the final rate, in [0, 1]; see `ds.ramps`.
         where: patterns for the paths of the layers, as in `fnmatch`; every drop layer without.
 
     Raises:
-        ArgumentError, ArgumentTypeError: steps, shape, start or delay that cannot be.
+        ArgumentError: the ramp gives something outside [0, 1].
+        ArgumentTypeError: `ramp` is not callable.
         PassError: no drop layer is there, or `where` matches none.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        steps: int,
-        *,
-        shape: Shape = "linear",
-        start: float = 0.0,
-        delay: int = 0,
-        where: str | tuple[str, ...] | None = None,
+        self, module: nn.Module, ramp: Ramp, *, where: str | tuple[str, ...] | None = None
     ) -> None:
-        for name, value, least in (("steps", steps, 1), ("delay", delay, 0)):
-            if type(value) is not int or value < least:
-                raise ArgumentError(f"{name} must be an int of {least} or more, got {value!r}")
-        if shape not in get_args(Shape):
-            known = ", ".join(map(repr, get_args(Shape)))
-            raise ArgumentError(f"unknown shape {shape!r}", fix=f"one of {known}")
-        if not isinstance(start, int | float) or not 0.0 <= start <= 1.0:
-            raise ArgumentError(f"start must lie in [0, 1], got {start!r}")
-        self.steps, self.shape, self.start, self.delay = steps, shape, float(start), delay
+        if not callable(ramp):
+            raise ArgumentTypeError(
+                f"ramp must be a callable of the step, got {ramp!r}", fix="ds.ramps.linear(1000)"
+            )
         patterns = (where,) if isinstance(where, str) else where
         self._layers = {
             path: layer
@@ -68,48 +53,44 @@ class RateSchedule:
         }
         if not self._layers:
             raise PassError(
-                "there is no drop layer to schedule"
+                "the network has no drop layer with a rate"
                 if patterns is None
                 else f"where={where!r} matches no drop layer",
                 fix="ds.find_drops(module) lists them",
             )
-        self.targets = {path: rate(layer) for path, layer in self._layers.items()}
-        self.now = 0
+        self.ramp = ramp
+        self.count = 0
+        self.final = {path: rate(layer) for path, layer in self._layers.items()}
         self._set()
 
-    def fraction(self, step: int) -> float:
-        """Return which fraction of their target the rates have at a step."""
-        share = min(max((step - self.delay) / self.steps, 0.0), 1.0)
-        if self.shape == "cosine":
-            share = 0.5 - 0.5 * math.cos(math.pi * share)
-        elif self.shape == "step":
-            share = float(share == 1.0)
-        return self.start + (1.0 - self.start) * share
-
     def step(self) -> None:
-        """Go on by one training step, and set the rates."""
-        self.now += 1
+        """Count one training step and set the rates of the next."""
+        self.count += 1
         self._set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold: the step and the targets."""
-        return {"now": self.now, "targets": dict(self.targets)}
+        """Return the step and the final rates (the ramp itself is the caller's to build again)."""
+        return {"step": self.count, "final": dict(self.final)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the step of a checkpoint, and set the rates.
+        """Go on where another schedule of the same network stood.
 
         Raises:
-            ArgumentTypeError: the state is not that of a schedule of these layers.
+            ArgumentError: the state is of other layers, or damaged.
         """
-        if set(state) != {"now", "targets"} or set(state["targets"]) != set(self._layers):
-            raise ArgumentTypeError(
-                "this is not the state of a RateSchedule for these layers",
-                fix="a schedule with the same `where` on the same surgery",
+        final, count = state.get("final", {}), state.get("step")
+        if final.keys() != self.final.keys():
+            odd = sorted(set(final) ^ set(self.final))[0]
+            raise ArgumentError(
+                f"the state is of other layers: only one of the two schedules has '{odd}'"
             )
-        self.now, self.targets = int(state["now"]), dict(state["targets"])
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ArgumentError(f"step must be an integer of at least 0, got {count!r}")
+        self.final = {path: check_probability(p, f"'{path}'") for path, p in final.items()}
+        self.count = count
         self._set()
 
     def _set(self) -> None:
-        fraction = self.fraction(self.now)
+        share = check_probability(self.ramp(self.count), f"the ramp at step {self.count}")
         for path, layer in self._layers.items():
-            set_rate(layer, self.targets[path] * fraction)
+            set_rate(layer, self.final[path] * share)

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import dropsurgery as ds
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.drops import rate
+from tests.drop_helpers import LAYERS
 
 
 def net() -> nn.Sequential:
@@ -24,7 +25,7 @@ def rates(module: nn.Module) -> list[float]:
 
 def test_from_nothing_to_the_target() -> None:
     module = net()
-    schedule = ds.RateSchedule(module, 4)
+    schedule = ds.RateSchedule(module, ds.ramps.linear(4))
     seen = [rates(module)]
     for _ in range(6):
         schedule.step()
@@ -33,34 +34,30 @@ def test_from_nothing_to_the_target() -> None:
     assert [pair[1] for pair in seen] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fractions"),
-    [
-        ({}, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
-        ({"start": 0.5}, [0.5, 0.625, 0.75, 0.875, 1.0, 1.0, 1.0]),
-        ({"delay": 2}, [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0]),
-        ({"shape": "cosine"}, [0.0, 0.1464466, 0.5, 0.8535534, 1.0, 1.0, 1.0]),
-        ({"shape": "step"}, [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_shapes(arguments: dict[str, object], fractions: list[float]) -> None:
-    schedule = ds.RateSchedule(net(), 4, **arguments)  # type: ignore[arg-type]
-    assert [schedule.fraction(step) for step in range(7)] == pytest.approx(fractions)
+def test_every_kind_of_layer_has_a_rate() -> None:
+    for name, (build, _) in LAYERS.items():
+        layer = build(0.5)
+        schedule = ds.RateSchedule(layer, ds.ramps.step(1))
+        assert rate(layer) == 0.0, name
+        schedule.step()
+        assert rate(layer) == 0.5, name
 
 
 def test_where_and_checkpoints() -> None:
     module = net()
-    schedule = ds.RateSchedule(module, 4, where="1")
+    schedule = ds.RateSchedule(module, ds.ramps.linear(4), where="1")
     assert rates(module) == [0.0, 0.4]
     for _ in range(3):
         schedule.step()
     state = schedule.state_dict()
     fresh = net()
-    other = ds.RateSchedule(fresh, 4, where="1")
+    other = ds.RateSchedule(fresh, ds.ramps.linear(4), where="1")
     other.load_state_dict(state)
     assert rates(fresh) == rates(module) == pytest.approx([0.15, 0.4])
-    with pytest.raises(ArgumentTypeError, match=r"not the state of a RateSchedule for these"):
-        ds.RateSchedule(fresh, 4).load_state_dict(state)
+    with pytest.raises(ArgumentError, match=r"only one of the two schedules has '3'"):
+        ds.RateSchedule(fresh, ds.ramps.linear(4)).load_state_dict(state)
+    with pytest.raises(ArgumentError, match=r"step must be an integer of at least 0, got -1"):
+        other.load_state_dict({**state, "step": -1})
 
 
 def test_a_compiled_network_is_compiled_once_for_all_rates() -> None:
@@ -70,7 +67,7 @@ def test_a_compiled_network_is_compiled_once_for_all_rates() -> None:
         ds.InsertDropout(0.5, before="Linear"),
         ds.InsertDropConnect(0.2, of="Linear"),
     ).module.train()
-    schedule = ds.RateSchedule(module, 12)
+    schedule = ds.RateSchedule(module, ds.ramps.linear(12))
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -81,22 +78,15 @@ def test_a_compiled_network_is_compiled_once_for_all_rates() -> None:
     assert counters["stats"]["unique_graphs"] <= 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"steps": 0}, "steps must be an int of 1 or more, got 0"),
-        ({"steps": 4, "delay": -1}, "delay must be an int of 0 or more, got -1"),
-        ({"steps": 4, "shape": "ramp"}, "unknown shape 'ramp'"),
-        ({"steps": 4, "start": 1.5}, r"start must lie in \[0, 1\], got 1.5"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, object], match: str) -> None:
-    with pytest.raises(ArgumentError, match=match):
-        ds.RateSchedule(net(), **arguments)  # type: ignore[arg-type]
+def test_bad_ramps() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"ramp must be a callable of the step, got 4"):
+        ds.RateSchedule(net(), 4)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"the ramp at step 0 must lie in \[0, 1\], got 1.5"):
+        ds.RateSchedule(net(), lambda step: 1.5)
 
 
 def test_nothing_to_schedule() -> None:
-    with pytest.raises(PassError, match=r"there is no drop layer to schedule"):
-        ds.RateSchedule(nn.Linear(2, 2), 4)
+    with pytest.raises(PassError, match=r"the network has no drop layer with a rate"):
+        ds.RateSchedule(nn.Linear(2, 2), ds.ramps.linear(4))
     with pytest.raises(PassError, match=r"where='7' matches no drop layer"):
-        ds.RateSchedule(net(), 4, where="7")
+        ds.RateSchedule(net(), ds.ramps.linear(4), where="7")

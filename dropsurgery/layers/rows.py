@@ -23,7 +23,7 @@ class Rows(NamedTuple):
         scale: the factor of every row that counts.
     """
 
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # tuple.index is of no use here
     mask: Tensor | None = None
     last: bool | Tensor = True
     scale: float = 1.0

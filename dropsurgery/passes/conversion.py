@@ -1,281 +1,37 @@
-"""What a conversion of dropout did to a network, so that it can be taken back.
+"""What conversions of dropout did to a network, written down so that it can be taken back.
 
-The log of it travels with the graph, on its output node. Every edit knows the nodes that it needs
-by a tag in their meta, because names and positions change when a graph is copied or pickled.
+The log of it travels with the graph, on its output node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.inventory import Drop
 from dropsurgery.graph.marks import CONVERTED, TAG
-from dropsurgery.graph.module import fresh_path, graphs
-
-Tags = dict[tuple[int, int], fx.Node]
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """Stands for a node in the recorded arguments of a call."""
-
-    tag: int
-
-
-@dataclass(frozen=True)
-class SwappedLayer:
-    """Another layer stands where one stood.
-
-    Attributes:
-        paths: where, under all its names.
-        layer: the one that stood there.
-    """
-
-    paths: tuple[str, ...]
-    layer: nn.Module
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield (graph, tag) of the nodes without which this cannot be undone: none."""
-        yield from ()
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Put the layer back, in the mode of the one that it replaces."""
-        restored = clone_structure(self.layer)
-        for path in self.paths:
-            restored.train(module.get_submodule(path).training)
-            _put(module, path, restored)
-
-
-@dataclass(frozen=True)
-class RemovedLayer:
-    """A layer left the module tree.
-
-    Attributes:
-        places: (path of its parent, its name there, the names that stood after it).
-        layer: the layer.
-        follows: whether it was in its parent's mode.
-    """
-
-    places: tuple[tuple[str, str, tuple[str, ...]], ...]
-    layer: nn.Module
-    follows: bool
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield nothing: the tree is enough."""
-        yield from ()
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Put the layer back in its place."""
-        restored = clone_structure(self.layer)
-        for parent, name, behind in self.places:
-            owner = module.get_submodule(parent)
-            if self.follows:
-                restored.train(owner.training)
-            owner.add_module(name, restored)
-            for later in behind:
-                if later in owner._modules:
-                    owner._modules[later] = owner._modules.pop(later)
-
-
-@dataclass(frozen=True)
-class SetAttributes:
-    """Attributes of a layer, or its class, have another value.
-
-    Attributes:
-        path: the layer.
-        values: name and value before.
-        cls: its class before.
-    """
-
-    path: str
-    values: tuple[tuple[str, Any], ...]
-    cls: type[nn.Module]
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield nothing: the layer is enough."""
-        yield from ()
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Set what was."""
-        layer = module.get_submodule(self.path)
-        layer.__class__ = self.cls
-        for name, value in self.values:
-            setattr(layer, name, value)
-
-
-@dataclass(frozen=True)
-class ScaledWeight:
-    """A weight was multiplied by a number.
-
-    Attributes:
-        path: the layer that has it.
-        factor: the number.
-        before: the weight as it was.
-    """
-
-    path: str
-    factor: float
-    before: nn.Parameter
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield nothing: the layer is enough."""
-        yield from ()
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Put the weight back; one that was trained since is divided by the factor."""
-        layer: Any = module.get_submodule(self.path)
-        weight = layer.weight
-        if torch.equal(weight.detach(), scaled(self.before, self.factor).to(weight.device)):
-            layer.weight = self.before
-        else:
-            layer.weight = nn.Parameter(scaled(weight, 1.0 / self.factor), weight.requires_grad)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A node as it was: what `fx.Graph.create_node` needs, with tags in place of nodes."""
-
-    op: str
-    target: Any
-    args: Any
-    kwargs: Any
-    name: str
-    meta: dict[str, Any]
-    stack_trace: str | None
-
-
-@dataclass(frozen=True)
-class ErasedCall:
-    """A call was taken out; its users read its input instead.
-
-    Attributes:
-        graph: number of its graph.
-        tag: its tag.
-        call: the call.
-        source: tag of its input.
-        before: tag of the node that followed it.
-        users: (tag, which of the nodes in its arguments) of what read it.
-    """
-
-    graph: int
-    tag: int
-    call: _Call
-    source: int
-    before: int
-    users: tuple[tuple[int, tuple[int, ...]], ...]
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield the call's input and users."""
-        yield self.graph, self.source
-        for tag, _ in self.users:
-            yield self.graph, tag
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Make the call again, where it stood, and let its users read it."""
-        graph = graphs(module)[self.graph]
-        users = [(tags[self.graph, tag], visits) for tag, visits in self.users]
-        behind = tags.get((self.graph, self.before))
-        if behind is None:
-            order = {node: index for index, node in enumerate(graph.nodes)}
-            behind = min((user for user, _ in users), key=order.__getitem__)
-        args, kwargs = _resolved((self.call.args, self.call.kwargs), self.graph, tags)
-        taken = {node.name for node in graph.nodes}
-        with graph.inserting_before(behind):
-            node = graph.create_node(self.call.op, self.call.target, args, kwargs, self.call.name)
-        if self.call.name not in taken:
-            node.name = self.call.name  # fx keeps the names of erased nodes from being used again
-        node.meta.update(self.call.meta)
-        node.stack_trace = self.call.stack_trace
-        source = tags[self.graph, self.source]
-        for user, visits in users:
-            _replace_at(user, visits, source, node)
-        tags[self.graph, self.tag] = node
-
-
-@dataclass(frozen=True)
-class ChangedCall:
-    """A call became another one, in its place and under its name.
-
-    Attributes:
-        graph: number of its graph.
-        tag: its tag.
-        call: the call before.
-    """
-
-    graph: int
-    tag: int
-    call: _Call
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield the node and what it read."""
-        yield self.graph, self.tag
-        for leaf in _leaves((self.call.args, self.call.kwargs)):
-            if isinstance(leaf, _Ref):
-                yield self.graph, leaf.tag
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Make it the call that it was."""
-        node = tags[self.graph, self.tag]
-        args, kwargs = _resolved((self.call.args, self.call.kwargs), self.graph, tags)
-        node.op, node.target, node.args, node.kwargs = self.call.op, self.call.target, args, kwargs
-        node.meta.update(self.call.meta)
-
-
-@dataclass(frozen=True)
-class AddedInput:
-    """A graph got another input.
-
-    Attributes:
-        graph: number of the graph.
-        tag: tag of the placeholder.
-    """
-
-    graph: int
-    tag: int
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield the placeholder."""
-        yield self.graph, self.tag
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Take the input out."""
-        graphs(module)[self.graph].erase_node(tags.pop((self.graph, self.tag)))
-
-
-@dataclass(frozen=True)
-class AddedLayer:
-    """A layer was put where none was.
-
-    Attributes:
-        path: where.
-    """
-
-    path: str
-
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield nothing: the tree is enough."""
-        yield from ()
-
-    def undo(self, module: fx.GraphModule, tags: Tags) -> None:
-        """Take the layer out."""
-        module.delete_submodule(self.path)
-
-
-Edit = (
-    SwappedLayer
-    | AddedLayer
-    | RemovedLayer
-    | SetAttributes
-    | ScaledWeight
-    | ErasedCall
-    | ChangedCall
-    | AddedInput
+from dropsurgery.graph.module import fresh_path, graphs, place_like
+from dropsurgery.passes.edits import (
+    AddedCall,
+    AddedInput,
+    AddedLayer,
+    Call,
+    ChangedCall,
+    Edit,
+    ErasedCall,
+    Ref,
+    RemovedLayer,
+    ScaledWeight,
+    SetAttributes,
+    SwappedLayer,
+    Tags,
+    map_arguments,
+    put,
+    scaled,
+    visit,
 )
 
 
@@ -327,7 +83,7 @@ class Recorder:
         paths = _paths(self.module, old)
         new.train(old.training)
         for each in paths:
-            _put(self.module, each, new)
+            put(self.module, each, new)
         self.edits.append(SwappedLayer(paths, old))
 
     def set(self, path: str, *, cls: type[nn.Module] | None = None, **values: Any) -> None:
@@ -379,6 +135,19 @@ class Recorder:
         self.edits.append(AddedLayer(path))
         return path
 
+    def insert(self, path: str, source: fx.Node, readers: Iterable[fx.Node], index: int) -> fx.Node:
+        """Call the layer at `path` on a value, for these of its readers."""
+        chosen = list(readers)
+        order = {node: number for number, node in enumerate(source.graph.nodes)}
+        first = min(chosen, key=order.__getitem__)
+        with source.graph.inserting_before(first):
+            node = source.graph.call_module(path, (source,))
+        place_like(node, first)
+        for reader in chosen:
+            reader.replace_input_with(source, node)
+        self.edits.append(AddedCall(index, self._tag(node), self._tag(source)))
+        return node
+
     def add_input(self, name: str, index: int, meta: dict[str, Any]) -> fx.Node:
         """Add an input behind the last one of a graph."""
         graph = graphs(self.module)[index]
@@ -417,13 +186,13 @@ class Recorder:
             for key, found in places.items()
         }
 
-    def _call(self, node: fx.Node) -> _Call:
+    def _call(self, node: fx.Node) -> Call:
         meta = {key: value for key, value in node.meta.items() if key != "stack_trace"}
-        args, kwargs = _map(
+        args, kwargs = map_arguments(
             (node.args, node.kwargs),
-            lambda leaf: _Ref(self._tag(leaf)) if isinstance(leaf, fx.Node) else leaf,
+            lambda leaf: Ref(self._tag(leaf)) if isinstance(leaf, fx.Node) else leaf,
         )
-        return _Call(
+        return Call(
             node.op, node.target, tuple(args), dict(kwargs), node.name, meta, node.stack_trace
         )
 
@@ -433,25 +202,6 @@ class Recorder:
             self._next += 1
         tag: int = node.meta[TAG]
         return tag
-
-
-def _put(module: fx.GraphModule, path: str, layer: nn.Module) -> None:
-    """Set the layer at a path, and its class in the places of the nodes that call it."""
-    prefix, _, name = path.rpartition(".")
-    setattr(module.get_submodule(prefix), name, layer)
-    for graph in graphs(module):
-        for node in graph.nodes:
-            if node.op == "call_module" and node.target == path:
-                stack = node.meta.get("nn_module_stack") or {}
-                node.meta["nn_module_stack"] = {
-                    key: (where, type(layer) if where == path else cls)
-                    for key, (where, cls) in stack.items()
-                }
-
-
-def scaled(weight: Tensor, factor: float) -> Tensor:
-    """Return a weight times a number: in float64, rounded once."""
-    return (weight.detach().double() * factor).to(weight.dtype)
 
 
 def _paths(module: nn.Module, layer: nn.Module) -> tuple[str, ...]:
@@ -466,46 +216,5 @@ def _output(graph: fx.Graph) -> fx.Node:
 def _visits(user: fx.Node, node: fx.Node) -> tuple[int, ...]:
     """Return which of the nodes in a user's arguments are `node`, by number."""
     found: list[int] = []
-    _visit(user, lambda number, each: found.append(number) if each is node else None)
+    visit(user, lambda number, each: found.append(number) if each is node else None)
     return tuple(found)
-
-
-def _visit(user: fx.Node, act: Callable[[int, fx.Node], Any]) -> tuple[Any, Any]:
-    """Map the nodes in a user's arguments, with their number; None keeps a node."""
-    count = -1
-
-    def step(node: fx.Node) -> Any:
-        nonlocal count
-        count += 1
-        new = act(count, node)
-        return node if new is None else new
-
-    mapped: Any = fx.map_arg((user.args, user.kwargs), step)
-    args, kwargs = mapped
-    return args, kwargs
-
-
-def _replace_at(user: fx.Node, visits: tuple[int, ...], old: fx.Node, new: fx.Node) -> None:
-    args, kwargs = _visit(
-        user, lambda number, node: new if number in visits and node is old else None
-    )
-    user.args, user.kwargs = args, kwargs
-
-
-def _resolved(recorded: Any, index: int, tags: Tags) -> tuple[Any, Any]:
-    args, kwargs = _map(
-        recorded, lambda leaf: tags[index, leaf.tag] if isinstance(leaf, _Ref) else leaf
-    )
-    return args, kwargs
-
-
-def _leaves(recorded: Any) -> list[Any]:
-    leaves: list[Any] = []
-    _map(recorded, leaves.append)
-    return leaves
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Map the leaves of a node's arguments, which may be any values here."""
-    mapped: Any = fx.node.map_aggregate(value, function)
-    return mapped

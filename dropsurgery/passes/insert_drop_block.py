@@ -24,7 +24,7 @@ class InsertDropBlock(Insertion):
     takes it out again.
 
     Args:
-        p: share of units to drop, in [0, 1); `dropsurgery.RateSchedule` brings it up from 0.
+        p: share of units to drop, in [0, 1); `ds.RateSchedule` brings it up from 0.
         block_size: edge of a block.
         per_channel: whether each channel has blocks of its own.
 

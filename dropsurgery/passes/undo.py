@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import fx
 
 from dropsurgery.graph.inventory import Drop
-from dropsurgery.passes.conversion import (
+from dropsurgery.passes.conversion import Conversion, log_of, tags_of, write_log
+from dropsurgery.passes.edits import (
+    AddedLayer,
     ChangedCall,
-    Conversion,
     ErasedCall,
     RemovedLayer,
     ScaledWeight,
     SetAttributes,
     SwappedLayer,
-    log_of,
-    tags_of,
-    write_log,
 )
 
 
@@ -69,7 +67,7 @@ def _touched(conversion: Conversion) -> set[str]:
     for edit in conversion.edits:
         if isinstance(edit, SwappedLayer):
             found |= set(edit.paths)
-        elif isinstance(edit, SetAttributes | ScaledWeight):
+        elif isinstance(edit, AddedLayer | SetAttributes | ScaledWeight):
             found.add(edit.path)
         elif isinstance(edit, ErasedCall | ChangedCall) and edit.call.op == "call_module":
             found.add(str(edit.call.target))

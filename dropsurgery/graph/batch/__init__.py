@@ -97,7 +97,8 @@ def _with_traced_shape(node: fx.Node, found: Found, algebra: Algebra) -> Found:
     probed = node.meta.get(BATCH_META)
     if probed is not None and batch is State.UNKNOWN:
         kind, axis = probed
-        batch = Place(axis) if kind == "axis" else _PROBED.get(kind, batch)
+        # Sizes do not tell whether samples' values are in it.
+        batch = Place(axis, made=True) if kind == "axis" else _PROBED.get(kind, batch)
     if isinstance(batch, Place) and batch.axis >= len(shape):
         batch = State.UNKNOWN if shape else State.NONE
     sizes = [

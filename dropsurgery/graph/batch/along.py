@@ -12,7 +12,6 @@ from dropsurgery.graph.batch.calls import Call, Found, Parts, Rule
 from dropsurgery.graph.batch.sizes import ONE, Size
 from dropsurgery.graph.batch.values import (
     Place,
-    Rank,
     State,
     Value,
     extended,
@@ -30,25 +29,19 @@ def along(call: Call, value: Value, dims: Iterable[object], *, resize: bool = Fa
     """
     dims = list(dims)
     state = over_axes(value, dims)
-    if resize and value.batch is State.BLENDED:
-        state = State.UNKNOWN  # samples in another order may find their own again
-    if state is not None:
-        return (
-            Value(call.name, (), value.rank if value.whole else Rank(0, call.name), state)
-            if not value.whole
-            else tensor(call.name, value.sizes, state)
-        )
-    value = replace(value, name=call.name)
+    if resize and (state is not None or value.batch is State.BLENDED) and not value.is_plain:
+        state = State.UNKNOWN
+    if state is not None and not value.whole:
+        return unknown_rank(call.name, state)
+    value = replace(value, name=call.name, batch=value.batch if state is None else state)
     if not resize:
         return value
-    new = call.new_axes()
     axes = {value.axis(dim) for dim in dims}
     if None in axes:  # behind the batch, and no more is known
         keep = 0 if value.place is None else value.place.axis + 1
         return replace(value, sizes=value.sizes[:keep])
-    return replace(
-        value, sizes=tuple(next(new) if a in axes else s for a, s in enumerate(value.sizes))
-    )
+    sizes = (call.new_size(a, s) if a in axes else s for a, s in enumerate(value.sizes))
+    return replace(value, sizes=tuple(sizes))
 
 
 def along_axes(index: int, default: Any = None, *, resize: bool = False) -> Rule:
@@ -79,10 +72,8 @@ def trailing(call: Call, value: Value | None, axes: int, last: Sequence[Size | N
         return call.unknown()
     if batched:
         value = of_rank(call.algebra, value, axes + 1)
-    new = call.new_axes()
-    sizes = [next(new) if size is None else size for size in last] or [
-        next(new) for _ in range(axes)
-    ]
+    last = last or [None] * axes
+    sizes = [call.new_size(n) if size is None else size for n, size in enumerate(last)]
     if not value.whole:
         if value.place is not None and value.place.axis >= len(value.sizes) - axes:
             return unknown_rank(call.name, State.UNKNOWN)
@@ -207,8 +198,10 @@ def roll(call: Call) -> Found:
 
 def moved(call: Call, value: Value, dims: Iterable[object]) -> Value:
     """Return a value with its entries along some axes in another order."""
-    if value.batch is State.BLENDED:
-        return call.unknown()  # the order may be the old one again
+    dims = list(dims)
+    hit = over_axes(value, dims) is not None or value.batch is State.BLENDED
+    if hit and not value.is_plain:
+        return call.unknown()
     return along(call, value, dims)
 
 
@@ -240,28 +233,18 @@ def padded(call: Call, value: Value, widths: Sequence[Any]) -> Value:
     still = [axis for axis in range(-axes, 0) if widths[-2 * axis - 2 : -2 * axis] != (0, 0)]
     if value.whole and value.place is not None and over_axes(value, still) is None:
         kept = value.sizes[: len(value.sizes) - axes]
-        return replace(
-            value,
-            name=call.name,
-            sizes=(
-                *kept,
-                *(
-                    next(new) if s is None else s
-                    for new, s in zip([call.new_axes()] * axes, sizes, strict=True)
-                ),
-            ),
-        )
+        new = (call.new_size(n) if size is None else size for n, size in enumerate(sizes))
+        return replace(value, name=call.name, sizes=(*kept, *new))
     return trailing(call, value, axes, sizes)
 
 
 def resample(call: Call) -> Found:
-    """The rule of `resample`."""
+    """The rule of `interpolate`: (N, C, …)."""
     value = call.input
     if value is None or (value.place is not None and value.place.axis > 1):
         return call.unknown()
-    return replace(value, name=call.name, sizes=value.sizes[:2] if not value.whole else (
-        *value.sizes[:2], *(s for s, _ in zip(call.new_axes(), value.sizes[2:], strict=False))
-    ))  # fmt: skip
+    new = (call.new_size(axis) for axis in range(2, len(value.sizes)))
+    return replace(value, name=call.name, sizes=(*value.sizes[:2], *new))
 
 
 def fft(call: Call) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,12 +158,10 @@ class Call:
             else tensor(self.name, (), State.NONE)
         )
 
-    def new_axes(self) -> Iterator[Size]:
-        """Yield new sizes of which nothing is known but that they do not vary."""
-        count = 0
-        while True:
-            yield self.algebra.opaque("new", self.name, count)
-            count += 1
+    def new_size(self, number: int = 0, old: Size | None = None) -> Size:
+        """Return a new size, of which nothing is known but whether it may vary as an old one."""
+        varies = old is not None and self.algebra.varies(old)
+        return self.algebra.opaque("new", self.name, number, varies=varies)
 
 
 Rule = Callable[[Call], Found]

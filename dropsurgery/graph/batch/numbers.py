@@ -123,7 +123,7 @@ def arange(call: Call) -> Found:
     if len(ends) == 1 and isinstance(ends[0], Size):
         return from_sizes(call.name, ends, call.algebra)  # type: ignore[arg-type]
     found = call.unknown()
-    return tensor(call.name, (next(call.new_axes()),), found.batch)
+    return tensor(call.name, (call.new_size(),), found.batch)
 
 
 def meshgrid(call: Call) -> Found:

@@ -39,8 +39,10 @@ def unbind(call: Call) -> Found:
     if value is None:
         return call.unknown()
     part = reduced(call, value, (dim,), keep=False)
-    blended = part.batch is State.REDUCED and value.place is not None
-    return Parts(each=replace(part, batch=State.BLENDED) if blended else part)
+    if part.batch is State.REDUCED and value.place is not None:
+        taken = State.BLENDED if value.is_plain else State.UNKNOWN
+        return Parts(each=replace(part, batch=taken))
+    return Parts(each=part)
 
 
 def cat(call: Call) -> Found:
@@ -79,8 +81,9 @@ def joined(call: Call, values: Sequence[Value], dim: Any) -> Value:
     if not first.whole:
         keep = batch.axis + 1 if isinstance(batch, Place) else 0
         return Value(call.name, placed[0].sizes[:keep] if placed else (), first.rank, batch)
-    new = call.new_axes()
-    sizes = [next(new) if a == axis else size for a, size in enumerate(first.sizes)]
+    varying = [v.sizes[axis] for v in values if axis is not None and axis < len(v.sizes)]
+    along = next((size for size in varying if call.algebra.varies(size)), None)
+    sizes = [call.new_size(0, along) if a == axis else s for a, s in enumerate(first.sizes)]
     if isinstance(batch, Place):
         sizes[batch.axis] = batch.size
     return Value(call.name, tuple(sizes), first.rank, batch)
@@ -96,7 +99,7 @@ def stack(call: Call) -> Found:
         if not common.whole:
             return call.unknown()
         dim += len(common.sizes) + 1
-    return inserted(call, common, dim, next(call.new_axes()))
+    return inserted(call, common, dim, call.new_size())
 
 
 def getitem(call: Call) -> Found:
@@ -137,7 +140,8 @@ def indexed(call: Call, value: Value, parts: list[Any]) -> Value:
         return call.unknown()
     found = _take(call, value, parts)
     # Parts of samples in another order may be the samples again.
-    return replace(found, batch=State.UNKNOWN) if value.batch is State.BLENDED else found
+    lost = found.batch is State.BLENDED and not value.is_plain
+    return replace(found, batch=State.UNKNOWN) if lost else found
 
 
 def _indexed_behind(call: Call, value: Value, before: list[Any], after: list[Any]) -> Value:
@@ -153,7 +157,6 @@ def _indexed_behind(call: Call, value: Value, before: list[Any], after: list[Any
 def _take(call: Call, value: Value, parts: Sequence[Any]) -> Value:
     """Index the leading axes of a value."""
     old, sizes, batch = 0, list[Size](), value.batch
-    new = call.new_axes()
     place = value.place
     for number, part in enumerate(parts):
         on_batch = place is not None and old == place.axis and part is not None
@@ -168,7 +171,7 @@ def _take(call: Call, value: Value, parts: Sequence[Any]) -> Value:
                 batch = State.BLENDED if literal else State.UNKNOWN
             if on_batch and full and place is not None:
                 batch = replace(place, axis=len(sizes))
-            sizes.append(value.sizes[old] if full else next(new))
+            sizes.append(value.sizes[old] if full else call.new_size(old, value.sizes[old]))
         elif type(part) is int or isinstance(call.find(part), Size):
             batch = State.BLENDED if on_batch else batch
         else:

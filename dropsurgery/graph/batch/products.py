@@ -83,7 +83,7 @@ def conv(axes: int) -> Rule:
         weight = call.tensor(1, "weight")
         if weight is None or weight.batch is not State.NONE:
             return call.unknown()
-        return windowed(call, call.input, axes, next(call.new_axes()), [None] * axes)
+        return windowed(call, call.input, axes, call.new_size(axes), [None] * axes)
 
     return rule
 
@@ -101,6 +101,8 @@ def einsum(call: Call) -> Found:
         return call.unknown()
     sizes: dict[str, Size] = {}
     where: set[tuple[str, Size, Size]] = set()
+    if any(value.place is not None and value.place.made for value in values):
+        return call.unknown()
     for term, value in zip(terms, values, strict=True):
         value = of_rank(call.algebra, value, len(term))
         if len(term) != len(value.sizes) or len(set(term)) != len(term):
@@ -132,8 +134,12 @@ def attention(call: Call) -> Found:
     query, key, value = (call.tensor(index, name) for index, name in enumerate(names))
     if query is None or key is None or value is None:
         return call.unknown()
-    states = [over_axes(one, (-2, -1)) for one in (key, value)]
-    if over_axes(query, (-2, -1)) is not None or any(state is not None for state in states):
+    if any(one.batch in (State.UNKNOWN, State.BLENDED) for one in (query, key, value)):
+        return unknown_rank(call.name, State.UNKNOWN)
+    if key.hits(-2) or value.hits(-2):  # the samples are attended over
+        placed = query.place is not None
+        return unknown_rank(call.name, State.BLENDED if placed else State.REDUCED)
+    if any(over_axes(one, (-2, -1)) is not None for one in (query, key, value)):
         return unknown_rank(call.name, State.UNKNOWN)
     if not all(one.whole for one in (query, key, value)):
         return _multiplied_behind(call, query, value)
@@ -148,9 +154,7 @@ def embedded(call: Call, indices: Value | None, width: Size | None) -> Value:
         return call.unknown()
     if not indices.whole:
         return Value(call.name, indices.sizes, indices.rank + 1, indices.batch)
-    return inserted(
-        call, indices, len(indices.sizes), next(call.new_axes()) if width is None else width
-    )
+    return inserted(call, indices, len(indices.sizes), call.new_size() if width is None else width)
 
 
 def embedding(call: Call) -> Found:

@@ -8,7 +8,7 @@ back. With both 1 the axis is the batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from dropsurgery.graph.batch.sizes import BATCH_SIZE, ONE, Algebra, Size, product
@@ -25,11 +25,15 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the batch is: axis `axis` has outer · B · inner entries, in row-major order."""
+    """Where the batch is: axis `axis` has outer · B · inner entries, in row-major order.
+
+    `made`: the tensor was made with the size of the batch and holds no sample's values.
+    """
 
     axis: int
     outer: Size = ONE
     inner: Size = ONE
+    made: bool = field(default=False, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -82,6 +86,15 @@ class Value:
     def place(self) -> Place | None:
         """Where the batch is, if it is on an axis."""
         return self.batch if isinstance(self.batch, Place) else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether taking or moving entries along the batch's axis surely leaves none that is it.
+
+        Where other things share the axis, or samples were put in another order before, what is
+        taken or moved may be the samples in their order again.
+        """
+        return self.batch is not State.BLENDED and (self.place is None or self.place.alone)
 
     @property
     def whole(self) -> bool:
@@ -152,15 +165,14 @@ def from_sizes(name: str, sizes: Sequence[Size], algebra: Algebra) -> Value:
     varying = [axis for axis, size in enumerate(sizes) if algebra.varies(size)]
     batch: Place | State = State.NONE
     if varying:
-        batch = Place(exact[0]) if exact == varying and len(exact) == 1 else State.UNKNOWN
+        batch = (
+            Place(exact[0], made=True) if exact == varying and len(exact) == 1 else State.UNKNOWN
+        )
     return tensor(name, sizes, batch)
 
 
 def broadcast(name: str, values: Sequence[Value], algebra: Algebra) -> Value:
     """Return what an elementwise operation makes of tensors."""
-    values = [value for value in values if value.rank.known != 0]
-    if not values:
-        return tensor(name, (), State.NONE)
     if any(value.batch is State.UNKNOWN for value in values):
         return unknown_rank(name, State.UNKNOWN)
     largest = _largest(values)
@@ -236,8 +248,9 @@ def _common_place(values: Sequence[Value], places: Sequence[Place]) -> Place | S
         reduced = any(value.batch is State.REDUCED for value in values)
         return State.REDUCED if reduced else State.NONE
     if len(set(places)) == 1:
-        return places[0]
-    return State.BLENDED if len({place.axis for place in places}) > 1 else State.UNKNOWN
+        return replace(places[0], made=all(place.made for place in places))
+    crossed = len({place.axis for place in places if not place.made}) > 1
+    return State.BLENDED if crossed else State.UNKNOWN
 
 
 def laid_out(name: str, value: Value, target: Sequence[Size | None], algebra: Algebra) -> Value:
@@ -259,10 +272,9 @@ def laid_out(name: str, value: Value, target: Sequence[Size | None], algebra: Al
         left = algebra.opaque("rest", name, axis, varies=varies) if rest is None else rest
         sizes.append(left if size is None else size)
     if place is None:
-        batch = value.batch
-        if batch in (State.NONE, State.REDUCED) and any(map(algebra.varies, sizes)):
-            batch = State.UNKNOWN
-        return tensor(name, sizes, batch)
+        still = value.batch in (State.NONE, State.REDUCED) and not any(map(algebra.varies, sizes))
+        # What was put side by side may part again.
+        return tensor(name, sizes, value.batch if still else State.UNKNOWN)
     known = [rest if size is None else size for size in target]
     return tensor(name, sizes, _place_in(known, _outer(value, place)))
 

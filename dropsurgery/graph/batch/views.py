@@ -96,8 +96,10 @@ def movedim(call: Call) -> Found:
         if min(min(end) for end in dims) < 0:
             return call.unknown()
         value = extended(call.algebra, value, max(max(end) for end in dims) + 1)
-    count = len(value.sizes)
+    count = max(len(value.sizes), 1)  # a scalar takes axis 0 too
     source, target = ([dim % count for dim in end] for end in dims)
+    if not value.sizes:
+        return replace(value, name=call.name)
     order = [axis for axis in range(count) if axis not in source]
     for axis, place in sorted(zip(source, target, strict=True), key=operator.itemgetter(1)):
         order.insert(place, axis)
@@ -138,7 +140,7 @@ def flattened(call: Call, value: Value, start: Any, end: Any) -> Found:
         if first is not None and end == -1 and place is not None and first > place.axis:
             return tensor(
                 call.name,
-                (*extended(call.algebra, value, first).sizes[:first], next(call.new_axes())),
+                (*extended(call.algebra, value, first).sizes[:first], call.new_size(first)),
                 place,
             )
         return call.unknown()
@@ -170,7 +172,8 @@ def flatten(call: Call) -> Found:
 def unflattened(call: Call, value: Value, dim: Any, sizes: list[Size | None] | None) -> Found:
     """Return a value one of whose axes is several."""
     axis = value.axis(dim)
-    if axis is None and sizes is not None and value.hits(dim) is False:
+    behind = value.hits(dim) is False and value.batch is not State.BLENDED
+    if axis is None and sizes is not None and behind:
         keep = 0 if value.place is None else value.place.axis + 1
         rank = value.rank + (len(sizes) - 1)
         return Value(call.name, value.sizes[:keep], rank, value.batch)
