@@ -183,7 +183,7 @@ def test_another_rank_is_left_alone_and_listed() -> None:
 def test_the_rank_follows_from_the_convolution(
     conv: nn.Module, shape: tuple[int, ...], layer: str
 ) -> None:
-    model = nn.Sequential(conv, nn.Tanh(), nn.ReLU())
+    model = nn.Sequential(conv, nn.Identity(), nn.Tanh(), nn.ReLU())
     module = ds.apply(model, ds.InsertDropout(0.3, after="ReLU", dims="auto")).module
     assert inserted(module) == {"dropout": layer}
     assert module.train()(torch.randn(shape)).shape == model(torch.randn(shape)).shape
