@@ -549,6 +549,8 @@ def test_slim_takes_every_drop_out() -> None:
     assert not inserted(plain)
     assert torch.equal(plain(X), model(X))
     assert torch.equal(plain.train()(X), ds.trace(model).train()(X))
+    # The calls that were opened for DropConnect can still be closed.
+    assert ds.apply(plain, ds.RemoveDrops()).module.code == ds.trace(model).code
 
 
 def test_export_leaves_no_trace(tmp_path: Path) -> None:
