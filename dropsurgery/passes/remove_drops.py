@@ -93,9 +93,9 @@ class RemoveDrops(Pass):
 
 def _is_left_open(node: fx.Node) -> bool:
     """Say whether a layer's call was opened for a drop that another pass has taken out."""
-    kind, path, *_ = (*node.meta.get(INSERTED_DROP, ("",)), "")
-    weight = node.args[1] if kind == "rewritten" else None
-    return isinstance(weight, fx.Node) and weight.target == f"{path}.weight"
+    done = node.meta.get(INSERTED_DROP, ("",))
+    weight = node.args[1] if done[0] == "rewritten" else None
+    return isinstance(weight, fx.Node) and weight.target == f"{done[1]}.weight"
 
 
 def _close(node: fx.Node) -> None:
