@@ -39,8 +39,8 @@ CHECKS = """\
 
 
 COMPILED = """\
-A training step of each layer under `torch.compile(fullgraph=True)`, at four rates in turn: one graph
-for the first rate, one for every other.
+A training step of each layer under `torch.compile(fullgraph=True)`, at four rates in turn: one
+graph for the first rate, one for every other.
 """
 
 
