@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,8 +188,12 @@ def _costs(module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]) -> di
     """Return the floating-point operations of each node that has any."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
+    # The traced module is a clone, which nobody else sees: layers may write into these buffers.
+    for layer in module.modules():
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
     counter = FlopCounterMode(display=False)
+    runner = _Counter(module, graph, counter)
     with torch.no_grad(), mode, counter:
-        runner = _Counter(module, graph, counter)
         runner.run(*fake)
     return runner.costs
