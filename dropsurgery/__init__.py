@@ -69,6 +69,7 @@ from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
 from dropsurgery.rates import RateSchedule
 from dropsurgery.recalibrate import recalibrate_batchnorm
+from dropsurgery.scale import L1Penalty, find_scale_invariant, weight_decay_groups
 from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
@@ -91,6 +92,7 @@ __all__ = [
     "InsertDropPath",
     "InsertDropout",
     "InsertWeightedChannelDropout",
+    "L1Penalty",
     "MoveDropoutAfterLastNorm",
     "RateSchedule",
     "RemoveDropPath",
@@ -103,6 +105,7 @@ __all__ = [
     "export_onnx",
     "find_drops",
     "find_residuals",
+    "find_scale_invariant",
     "find_variance_shift",
     "layers",
     "load",
@@ -119,4 +122,5 @@ __all__ = [
     "testing",
     "trace",
     "verify",
+    "weight_decay_groups",
 ]

@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import TraceError
+from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.module import describe, graphs
 
 # Under this key of node.meta stands what a run at two batch sizes showed: ("axis", k), …
@@ -134,7 +135,8 @@ def _shapes_at(
         with mode, torch.no_grad():
             fake = [_resized(mode.from_tensor(v), size) if isinstance(v, Tensor) else v
                     for v in inputs]  # fmt: skip
-            probe = Probe(module, graph=graph)
+            # Some layers keep what they computed; these must not keep tensors without values.
+            probe = Probe(clone_structure(module), graph=graph)
             probe.extra_traceback = False
             probe.run(*fake)
     except Exception:  # whatever the network's operations raise on a size they do not take
