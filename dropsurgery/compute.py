@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from dropsurgery.graph.drops import is_drop_path, rate
 from dropsurgery.graph.lower import region_of, working_calls
 from dropsurgery.graph.module import called_module, graphs, module_path
 from dropsurgery.graph.region import NoRegion, Region, Regions
+from dropsurgery.graph.shapes import with_fake_buffers
 from dropsurgery.graph.trace import arguments, trace
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.tables import render
@@ -171,7 +171,7 @@ def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
 class _Counter(fx.Interpreter):
     """Runs a graph on fake tensors, and writes down what each node costs."""
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph, counter: FlopCounterMode) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, counter: FlopCounterMode) -> None:
         super().__init__(module, graph=graph)
         self.counter = counter
         self.costs: dict[fx.Node, int] = {}
@@ -190,7 +190,7 @@ def _costs(module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]) -> di
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
     counter = FlopCounterMode(display=False)
+    runner = _Counter(with_fake_buffers(module, mode), graph, counter)
     with torch.no_grad(), mode, counter:
-        runner = _Counter(module, graph, counter)
         runner.run(*fake)
     return runner.costs
