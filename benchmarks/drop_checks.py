@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dropsurgery as ds
-from dropsurgery.graph.drops import rate, set_rate
+from dropsurgery.graph.drops import is_drop_path, rate, set_rate
 from dropsurgery.models import import_torchvision
 from dropsurgery.passes.base import Pass
 from dropsurgery.passes.insert_base import Insertion
@@ -44,7 +44,7 @@ def networks() -> Iterator[tuple[str, nn.Module, Tensor, str]]:
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     for name, arguments, tap in (
         ("resnet50", {}, "layer4"),
-        ("convnext_tiny", {}, "features.7"),
+        ("convnext_tiny", {"stochastic_depth_prob": 0.0}, "features.7"),
         ("vit_b_16", {"image_size": 64}, "encoder.layers.encoder_layer_11"),
         ("densenet121", {}, "features.denseblock4"),
     ):
@@ -55,8 +55,10 @@ def networks() -> Iterator[tuple[str, nn.Module, Tensor, str]]:
 
 
 def _randomize(model: nn.Module) -> nn.Module:
-    """Give every BatchNorm random statistics; defaults hide errors."""
+    """Give every BatchNorm random statistics, and heads of zeros weights; both hide errors."""
     for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -252,8 +254,10 @@ class Bench:
         return YES if same else NO
 
     def _layers(self, module: nn.Module) -> dict[str, nn.Module]:
-        known = set(self.paths)
-        return {path: layer for path, layer in module.named_modules() if path not in known}
+        """Return the inserted layers; where a network has drop paths of its own, those."""
+        layers = dict(module.named_modules())
+        new = {path: layer for path, layer in layers.items() if path not in self.paths}
+        return new or {path: layer for path, layer in layers.items() if is_drop_path(layer)}
 
     def _statistic(self, method: Method, module: nn.Module) -> float:
         """Judge the first inserted layer on the values that it meets in this network."""

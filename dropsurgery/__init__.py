@@ -47,6 +47,7 @@ What surgery looks like, on the smallest residual network there is::
 """
 
 from dropsurgery import errors, layers, ramps, survival
+from dropsurgery.compute import expected_compute
 from dropsurgery.distributed import check_distributed, ddp_options
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.export import export_onnx
@@ -69,6 +70,7 @@ from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
 from dropsurgery.rates import RateSchedule
 from dropsurgery.recalibrate import recalibrate_batchnorm
+from dropsurgery.scale import L1Penalty, find_scale_invariant, weight_decay_groups
 from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
@@ -91,6 +93,7 @@ __all__ = [
     "InsertDropPath",
     "InsertDropout",
     "InsertWeightedChannelDropout",
+    "L1Penalty",
     "MoveDropoutAfterLastNorm",
     "RateSchedule",
     "RemoveDropPath",
@@ -101,9 +104,11 @@ __all__ = [
     "ddp_options",
     "draw_masks",
     "errors",
+    "expected_compute",
     "export_onnx",
     "find_drops",
     "find_residuals",
+    "find_scale_invariant",
     "find_variance_shift",
     "layers",
     "load",
@@ -120,4 +125,5 @@ __all__ = [
     "testing",
     "trace",
     "verify",
+    "weight_decay_groups",
 ]

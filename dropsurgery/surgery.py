@@ -37,6 +37,7 @@ def retrofit(
     unit: Unit = "block",
     where: Where = None,
     include: Collection[str] = (),
+    example_inputs: Any = None,
 ) -> fx.GraphModule:
     """Give a network stochastic depth: drop path on every residual branch.
 
@@ -49,11 +50,15 @@ def retrofit(
         final_survival: survival probability p_L of the last block, in [0, 1] (for "constant": of
             every block).
         rule: "linear" (the paper's), "linspace", "efficientnet" or "constant"; see `ds.survival`.
-        mode: "row" draws once a sample, "batch" once a mini-batch.
+        mode: what is done with what is dropped: "row" masks samples, which saves no time; "subset"
+            computes a branch for the surviving samples only, "batch" only where it survives for
+            the whole mini-batch. See `InsertDropPath`, and `expected_compute` for what they save.
         unit: what the rule counts: "block", "add" or "position"; see `InsertDropPath`.
         where: which sites get it, as a module-path pattern (`"layer4.*"`), a tuple of them or a
             callable that takes a `Site`; every site without. The rule counts all sites either way.
         include: what else counts as a site: "linear", "nested"; see `find_residuals`.
+        example_inputs: positional inputs; where given, shapes are known and more can be proved
+            (which axis of a branch's inputs is the batch, which mode "subset" must know).
 
     Returns:
         The retrofitted network, in the mode that `model` is in. A network without residual adds
@@ -71,7 +76,7 @@ def retrofit(
         where=where,
         include=tuple({include} if isinstance(include, str) else include),
     )
-    result = apply(model, insertion)
+    result = apply(model, insertion, example_inputs=example_inputs)
     if not result.changes:
         logger.warning(
             "retrofit changed nothing: %s has no residual adds (see ds.find_residuals)",

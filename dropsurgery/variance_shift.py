@@ -101,11 +101,18 @@ class VarianceShift:
         axes = figure.subplots()
         depth = list(range(1, len(self.shifts) + 1))
         axes.axhline(1.0, color="0.6", linewidth=1, label="no shift")
-        for name, label, style, color in _LINES:
+        for name, label, style, color, size in _LINES:
             values = [getattr(shift, name) for shift in self.shifts]
             known = [(d, v) for d, v in zip(depth, values, strict=True) if v is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), style, color=color, markersize=4, label=label)
+                axes.plot(
+                    *zip(*known, strict=True),
+                    style,
+                    color=color,
+                    markersize=size,
+                    fillstyle="none",
+                    label=label,
+                )
         axes.set_xlabel("BatchNorms behind a dropout, in the order of the network")
         axes.set_ylabel("ratio of the variance")
         axes.set_ylim(bottom=0.0)
@@ -118,9 +125,9 @@ class VarianceShift:
 
 
 _LINES = (
-    ("predicted", "predicted by theory", "o-", "tab:blue"),
-    ("by_dropout", "measured: without / with these dropouts", "s--", "tab:orange"),
-    ("measured", "measured: eval / training", "^:", "tab:red"),
+    ("predicted", "predicted by theory", "o-", "tab:blue", 9),
+    ("by_dropout", "measured: without / with these dropouts", "s--", "tab:orange", 5),
+    ("measured", "measured: eval / training", "^:", "tab:red", 5),
 )
 
 

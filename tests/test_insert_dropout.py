@@ -183,7 +183,7 @@ def test_another_rank_is_left_alone_and_listed() -> None:
 def test_the_rank_follows_from_the_convolution(
     conv: nn.Module, shape: tuple[int, ...], layer: str
 ) -> None:
-    model = nn.Sequential(conv, nn.Tanh(), nn.ReLU())
+    model = nn.Sequential(conv, nn.Identity(), nn.Tanh(), nn.ReLU())
     module = ds.apply(model, ds.InsertDropout(0.3, after="ReLU", dims="auto")).module
     assert inserted(module) == {"dropout": layer}
     assert module.train()(torch.randn(shape)).shape == model(torch.randn(shape)).shape
@@ -549,6 +549,8 @@ def test_slim_takes_every_drop_out() -> None:
     assert not inserted(plain)
     assert torch.equal(plain(X), model(X))
     assert torch.equal(plain.train()(X), ds.trace(model).train()(X))
+    # The calls that were opened for DropConnect can still be closed.
+    assert ds.apply(plain, ds.RemoveDrops()).module.code == ds.trace(model).code
 
 
 def test_export_leaves_no_trace(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_drop_block_where_nothing_is_spatial() -> None:
     assert "fix: " in str(error.value)
 
 
+def test_drop_block_leaves_gates_alone_where_shapes_tell() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Sigmoid()
+    )
+    result = ds.apply(model, ds.InsertDropBlock(0.1), example_inputs=torch.ones(2, 3, 8, 8))
+    assert [change.node for change in result.changes] == ["_1"]
+    assert [skip.reason for skip in result.skipped] == ["it is no feature map but a single pixel"]
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, True, (3, 3)])
 def test_a_block_of_no_size(block_size: object) -> None:
     with pytest.raises(ArgumentError, match=r"block_size must be an int of 1 or more"):

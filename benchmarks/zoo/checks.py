@@ -29,7 +29,9 @@ from benchmarks.zoo.oracle import (
     where_pattern,
 )
 from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.batch import batch_axes
 from dropsurgery.graph.residual import Site
+from dropsurgery.graph.shapes import BATCH_META
 
 BATCH = 4
 LARGE = 200  # side of the input from which half a batch must do
@@ -65,6 +67,11 @@ def structure(entry: Entry, row: Row) -> None:
     plain, graph = _traced(entry, native=False)
     assert plain is not None
     row["parameters"] = sum(p.numel() for p in plain.parameters())
+    shape: tuple[int, ...] | None = None
+    if not isinstance(graph, fx.GraphModule):
+        shape = catalogue.default_size(entry, plain)
+        graph = _traced(entry, native=False, shape=shape)[1]
+        row["needs_examples"] = True
     row["traced"] = isinstance(graph, fx.GraphModule)
     if not isinstance(graph, fx.GraphModule):
         row["trace_error"] = _one_line(graph)
@@ -76,24 +83,46 @@ def structure(entry: Entry, row: Row) -> None:
     row["sites"] = dict(Counter(site.kind for site in residuals.sites))
     row["blocks"] = residuals.blocks
     row["skipped"] = dict(Counter(_group(skip.reason) for skip in residuals.skipped))
-    _, native = _traced(entry, native=True)
-    if isinstance(native, fx.GraphModule):
-        oracle(graph, native_drops(native), row)
-    elif isinstance(native, Exception):
+    _, native = _traced(entry, native=True, shape=shape)
+    if isinstance(native, Exception):
         raise native
+    if native is None:
+        return
+    drops = native_drops(native)
+    if not drops.hidden:
+        oracle(graph, drops, row)
+        return
+    # Sites are hidden in modules that branch on sizes: example inputs answer for these.
+    shape = catalogue.default_size(entry, plain)
+    graphs = [_traced(entry, native=flag, shape=shape)[1] for flag in (False, True)]
+    inside, with_drops = graphs
+    if isinstance(inside, fx.GraphModule) and isinstance(with_drops, fx.GraphModule):
+        default = _summary(compare(drops, _sites(graph, ())))
+        oracle(inside, native_drops(with_drops), row)
+        row["oracle"]["default"] = default
+        row["oracle"]["option"] = {"example_inputs": list(shape), **row["oracle"]["option"]}
+    else:
+        oracle(graph, drops, row)
 
 
 def _traced(
-    entry: Entry, *, native: bool
+    entry: Entry, *, native: bool, shape: tuple[int, ...] | None = None
 ) -> tuple[nn.Module | None, fx.GraphModule | Exception | None]:
-    """Build on the meta device and trace; on the CPU where the model asks for real values."""
+    """Build on the meta device and trace; on the CPU where the model asks for real values.
+
+    Args:
+        entry: the model.
+        native: with the network's own drop path.
+        shape: of one sample of the example inputs; None for none.
+    """
     error: Exception | None = None
     for device in ("meta", "cpu"):
         model = None
         try:
             with torch.device(device):
                 model = catalogue.build(entry, native=native)
-            return model, None if model is None else ds.trace(model.eval())
+            example = None if shape is None else torch.empty(2, *shape, device=device)
+            return model, None if model is None else ds.trace(model.eval(), example_inputs=example)
         except Exception as problem:
             error = problem
     if model is None:
@@ -251,15 +280,19 @@ def numerics(entry: Entry, row: Row) -> None:
     result: Row = {"input": list(shape), "built_for": size}
     row["run"] = result
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    _promises(model.eval(), x, result)
-    _training_step(model, x, result)
-    model.zero_grad()
     oracle = row.get("oracle", {})
+    sized = row.get("needs_examples") or "example_inputs" in oracle.get("option", {})
+    examples = x if sized else None
+    _promises(model.eval(), x, result, examples)
+    if not row.get("needs_examples"):
+        _batch(model, x, result)
+    _training_step(model, x, result, examples)
+    model.zero_grad()
     if oracle.get("rates"):
         with catalogue.without_init():
             native = catalogue.build(entry, native=True, size=size)
         assert native is not None
-        result["train"] = _same_training(native, model, state, x, oracle)
+        result["train"] = _same_training(native, model, state, x, oracle, examples)
 
 
 def _smallest(entry: Entry) -> tuple[tuple[int, ...], int | None]:
@@ -309,9 +342,12 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
                 parameter.uniform_(0.05, 0.2, generator=generator)
 
 
-def _promises(model: nn.Module, x: torch.Tensor, result: Row) -> None:
+def _promises(
+    model: nn.Module, x: torch.Tensor, result: Row, examples: torch.Tensor | None
+) -> None:
     """Eval output, state-dict keys, strict loading both ways, and removal."""
-    net = ds.retrofit(model, 0.5).eval()
+    before = ds.trace(model, example_inputs=examples)
+    net = ds.retrofit(model if examples is None else before, 0.5).eval()
     with torch.no_grad():
         expected, got = list(_tensors(model(x))), list(_tensors(net(x)))
     result["finite"] = all(bool(torch.isfinite(t).all()) for t in expected)
@@ -320,16 +356,39 @@ def _promises(model: nn.Module, x: torch.Tensor, result: Row) -> None:
     net.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(net.state_dict(), strict=True)
     result["strict"] = True
-    before = ds.trace(model)
-    after = ds.apply(model, ds.InsertDropPath(ds.survival.linear(0.5)), ds.RemoveDropPath()).module
+    insertion = ds.InsertDropPath(ds.survival.linear(0.5))
+    after = ds.apply(model, insertion, ds.RemoveDropPath(), example_inputs=examples).module
     result["removed"] = before.code == after.code and (
         [name for name, _ in before.named_modules()] == [name for name, _ in after.named_modules()]
     )
 
 
-def _training_step(model: nn.Module, x: torch.Tensor, result: Row) -> None:
+def _batch(model: nn.Module, x: torch.Tensor, result: Row) -> None:
+    """Count the operands of sites by what is claimed of their batch axis and what sizes show.
+
+    The claim is made without example inputs, the sizes are those of two batches.
+    """
+    plain, sized = ds.trace(model), ds.trace(model, example_inputs=x)
+    claims = batch_axes(plain, plain.graph)
+    shown = {node.name: node.meta.get(BATCH_META) for node in sized.graph.nodes}
+    counts: Counter[str] = Counter()
+    nodes = {node.name: node for node in plain.graph.nodes}
+    for site in ds.find_residuals(plain).sites:
+        for name in (site.branch, site.skip):
+            claim, probed = claims[nodes[name]], shown.get(name)
+            if claim.kind == "unknown" or probed is None or probed[0] == "unknown":
+                counts["open" if claim.kind == "unknown" else "unchecked"] += 1
+            else:
+                counts["agree" if tuple(claim) == tuple(probed) else "contradict"] += 1
+    result["batch"] = dict(counts)
+
+
+def _training_step(
+    model: nn.Module, x: torch.Tensor, result: Row, examples: torch.Tensor | None
+) -> None:
     """One backward pass with every site dropping at 0.5."""
-    net = ds.apply(model.train(), ds.InsertDropPath(ds.survival.constant(0.5))).module
+    insertion = ds.InsertDropPath(ds.survival.constant(0.5))
+    net = ds.apply(model.train(), insertion, example_inputs=examples).module
     torch.manual_seed(1)
     loss = sum(t.float().square().mean() for t in _tensors(net(x)) if t.is_floating_point())
     assert isinstance(loss, torch.Tensor)
@@ -345,6 +404,7 @@ def _same_training(
     state: dict[str, torch.Tensor],
     x: torch.Tensor,
     oracle: Row,
+    examples: torch.Tensor | None,
 ) -> Row:
     """Compare the training output with the native network's, under one seed and one state."""
     option = oracle["option"]
@@ -355,10 +415,11 @@ def _same_training(
     rounded = [{**rule, "rule": SINGLE} for rule in choices if rule["rule"] == "linspace"]
     for choice in (*choices, *rounded, {"rule": "table", "unit": "add"}):
         if choice["rule"] == "table":
-            net = _by_table(plain, oracle, option)
+            net = _by_table(plain, oracle, option, examples)
         else:
             rule = make_rule(choice["rule"], 1.0 - choice["rate"], tuple(choice["depths"]))
-            net = ds.apply(plain, insert(rule, choice["unit"], option)).module
+            insertion = insert(rule, choice["unit"], option)
+            net = ds.apply(plain, insertion, example_inputs=examples).module
         net.load_state_dict(state, strict=True)
         got = _seeded(net.train(), x)
         result = {
@@ -373,10 +434,13 @@ def _same_training(
     return best
 
 
-def _by_table(plain: nn.Module, oracle: Row, option: Row) -> nn.Module:
+def _by_table(
+    plain: nn.Module, oracle: Row, option: Row, examples: torch.Tensor | None
+) -> nn.Module:
     """Insert the native rates one by one."""
     include = tuple(option.get("include", ()))
-    residuals = ds.find_residuals(plain, include=include)
+    traced = ds.trace(plain, example_inputs=examples)
+    residuals = ds.find_residuals(traced, include=include)
     rates = iter(oracle["rates"])
     where = tuple(option["where"]) if "where" in option else None
     values = []
@@ -384,7 +448,7 @@ def _by_table(plain: nn.Module, oracle: Row, option: Row) -> nn.Module:
         kept = where is None or _chosen({("", 0): site}, where)
         values.append(1.0 - next(rates) if kept else 1.0)
     rule = ds.survival.table(tuple(values))
-    return ds.apply(plain, insert(rule, "add", option)).module
+    return ds.apply(traced, insert(rule, "add", option)).module
 
 
 def _seeded(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -93,10 +93,13 @@ def _before(
 
 
 def _is_elementwise(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether a node applies one function to every element."""
+    """Say whether a node applies one function to every element, or none."""
     called = called_module(module, node)
     if called is not None:
-        return type(called).__module__ == nn.modules.activation.__name__
+        return (
+            isinstance(called, nn.Identity)
+            or type(called).__module__ == nn.modules.activation.__name__
+        )
     name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
     return name in _ELEMENTWISE
 

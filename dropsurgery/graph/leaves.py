@@ -95,10 +95,13 @@ class Leaves:
     Args:
         extra: module classes, module objects or dotted paths.
         model: the model that objects and paths belong to.
+        sized: the inputs' sizes are known, so that the modules of timm's that branch on sizes may
+            be traced through. Those that cannot stay whole all the same.
     """
 
-    def __init__(self, extra: Iterable[Any], model: nn.Module) -> None:
-        self.classes: tuple[type, ...] = (*_timm_notrace_modules(),)
+    def __init__(self, extra: Iterable[Any], model: nn.Module, *, sized: bool = False) -> None:
+        self.reluctant: tuple[type, ...] = (*_timm_notrace_modules(),) if sized else ()
+        self.classes: tuple[type, ...] = () if sized else (*_timm_notrace_modules(),)
         # Paths of the modules that the caller named, by class, object or path.
         self.paths: set[str] = set()
         paths = {id(module): path for path, module in model.named_modules()}
@@ -124,6 +127,10 @@ class Leaves:
                     f"leaf_modules takes classes, paths and modules of the model, got {item!r}"
                 )
 
+    def is_reluctant(self, module: nn.Module) -> bool:
+        """Say whether a module is traced through if that can be, and else kept whole."""
+        return isinstance(module, self.reluctant)
+
     def __call__(self, module: nn.Module, path: str) -> bool:
         """Say whether `module`, at `path`, stays whole."""
         if path in self.paths or isinstance(module, (*self.classes, _NormBase)):
@@ -131,6 +138,8 @@ class Leaves:
         if path and has_hooks(module):
             # A graph has no call of a module that is traced through, so its hooks would not run.
             return True
+        if self.is_reluctant(module) and not any(True for _ in module.children()):
+            return True  # nothing hides in it
         home = type(module).__module__
         if home.startswith(("torch.nn.", "torch.ao.nn.", "dropsurgery.layers.")):
             return not isinstance(module, nn.Sequential)
@@ -148,6 +157,11 @@ def _timm_notrace_modules() -> Iterable[type]:
     timm_layers = sys.modules.get("timm.layers")
     found = timm_layers.get_notrace_modules() if timm_layers is not None else ()
     return [cls for cls in found if _TRACED_ALL_THE_SAME.isdisjoint(qualified_names(cls))]
+
+
+def is_timm_whole(module: nn.Module) -> bool:
+    """Say whether a module is one that timm registers as not traceable."""
+    return isinstance(module, tuple(_timm_notrace_modules()))
 
 
 # Stochastic depth as functions of (input, p, …, training), and where projects find them.

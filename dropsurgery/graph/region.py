@@ -115,7 +115,7 @@ class Regions:
         """Return the nodes that run for the branch alone."""
         outside: set[fx.Node] = set()
         while True:
-            inside = self._closure(branch, via or add, outside)
+            inside = self._closure(branch, add, via, outside)
             if branch not in inside:
                 if branch in outside:
                     raise NoRegion(f"'{branch.name}' writes in place into what others read")
@@ -126,7 +126,12 @@ class Regions:
                 return tuple(sorted(inside, key=self.order.__getitem__))
             outside |= wrong
 
-    def _closure(self, branch: fx.Node, reader: fx.Node, outside: set[fx.Node]) -> set[fx.Node]:
+    def _closure(
+        self, branch: fx.Node, add: fx.Node, via: fx.Node | None, outside: set[fx.Node]
+    ) -> set[fx.Node]:
+        reader, end = via or add, self.order[add]
+        # What reads the branch after an add that writes into it reads the sum.
+        late = via is None and writes_in_place(self.module, add) and add.args[0] is branch
         inside: set[fx.Node] = set()
         heap, seen = [-self.order[branch]], {branch}
         while heap:
@@ -134,6 +139,8 @@ class Regions:
             if node in outside or node.op in ("placeholder", "get_attr"):
                 continue
             needed = [user for user in node.users if user not in self._idle]
+            if node is branch and late:
+                needed = [user for user in needed if self.order[user] <= end]
             if all(user in inside or (node is branch and user is reader) for user in needed):
                 inside.add(node)
                 for value in node.all_input_nodes:

@@ -30,9 +30,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.graph.batch import BatchAxis, batch_axes
+from dropsurgery.graph.channels import traced_shape
 from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.forks import Flow, Fork
-from dropsurgery.graph.leaves import has_hooks
+from dropsurgery.graph.leaves import has_hooks, is_timm_whole
 from dropsurgery.graph.module import Skip, called_module, graphs, module_path, owner_call
 from dropsurgery.graph.ops import Kind, Role, is_fused_add
 from dropsurgery.graph.trace import trace
@@ -225,14 +226,19 @@ class _Analysis:
         called = self.module.get_submodule(str(node.target))
         name = type(called).__name__
         if isinstance(called, _OPAQUE):
-            return f"nn.{name} is kept whole: its residual adds are not visible"
+            return (
+                f"nn.{name} is kept whole, as torch computes all of it in one call: its residual "
+                "adds are not visible (write it as norms, attention and a feed-forward of yours)"
+            )
         if has_hooks(called) and any(True for _ in called.children()):
             return f"{name} is kept whole for its forward hooks: residual adds inside it are hidden"
         home = type(called).__module__
         if home.startswith(("torch.nn.", "dropsurgery.")) or isinstance(called, _NormBase):
             return ""
         if any(True for _ in called.children()) and any(True for _ in called.parameters()):
-            return f"{name} is kept whole: residual adds inside it, if any, are not visible"
+            reason = f"{name} is kept whole: residual adds inside it, if any, are not visible"
+            inside = is_timm_whole(called) and traced_shape(node) is None
+            return f"{reason} (trace with example_inputs to look inside)" if inside else reason
         return ""
 
     def _number(self, sites: list[tuple[fx.Node, Fork, bool]]) -> tuple[Site, ...]:

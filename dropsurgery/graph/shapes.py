@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import TraceError
+from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.module import describe, graphs
 
 # Under this key of node.meta stands what a run at two batch sizes showed: ("axis", k), …
@@ -134,7 +135,8 @@ def _shapes_at(
         with mode, torch.no_grad():
             fake = [_resized(mode.from_tensor(v), size) if isinstance(v, Tensor) else v
                     for v in inputs]  # fmt: skip
-            probe = Probe(module, graph=graph)
+            # Some layers keep what they computed; these must not keep tensors without values.
+            probe = Probe(with_fake_buffers(module, mode), graph=graph)
             probe.extra_traceback = False
             probe.run(*fake)
     except Exception:  # whatever the network's operations raise on a size they do not take
@@ -143,6 +145,19 @@ def _shapes_at(
         graph.owning_module = owner
         log.disabled = silent
     return found
+
+
+def with_fake_buffers(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Return a structural clone whose buffers have no values: layers may write into them.
+
+    Parameters are turned into fake tensors where they are read; a write such as that of
+    `num_batches_tracked`, between real tensors alone, would be carried out.
+    """
+    clone = clone_structure(module)
+    for layer in clone.modules():
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+    return clone
 
 
 def _resized(value: Tensor, size: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dropsurgery.errors import ArgumentTypeError, TraceError
 from dropsurgery.graph.calls import bind, follow
 from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.example_run import from_record, to_record
 from dropsurgery.graph.leaves import Leaves
 from dropsurgery.graph.modes import asks_by_identity
 from dropsurgery.graph.module import (
@@ -68,7 +69,8 @@ def trace(
         example_inputs: a tensor, a sequence of positional arguments or a mapping of arguments by
             name. Where given, every node's `meta["tensor_meta"]` holds its shape and dtype, and
             `meta["dropsurgery_batch_axis"]`, as (kind, axis), what a second batch size showed;
-            nothing is computed and no statistics are updated.
+            nothing is computed and no statistics are updated. A branch of the forward on sizes or
+            ranks then goes as the examples have it, and the graph asserts that later inputs agree.
         leaf_modules: further modules to keep whole: classes, dotted paths, or module objects.
 
     Raises:
@@ -79,7 +81,9 @@ def trace(
     if isinstance(model, fx.GraphModule):
         module = _copy_graph_module(model)
     else:
-        module = _trace_modes(model, Leaves(leaf_modules, model), _given(model, example_inputs))
+        given = _given(model, example_inputs)
+        leaves = Leaves(leaf_modules, model, sized=bool(given.examples))
+        module = _trace_modes(model, leaves, given)
     _copy_flags(module, model)
     if example_inputs is not None:
         inputs = arguments(module, example_inputs)
@@ -92,11 +96,13 @@ def trace_like(model: nn.Module, record: Mapping[str, Any]) -> fx.GraphModule:
     """Trace a model as the one was traced that has this `history`: same leaves, same inputs."""
     _check_model(model)
     inputs = record.get("inputs") or {}
-    given = Given(tuple(inputs.get("names", ())), inputs.get("star", 0))
+    examples = tuple(from_record(entry) for entry in inputs.get("examples", ()))
+    given = Given(tuple(inputs.get("names", ())), inputs.get("star", 0), examples)
     if isinstance(model, fx.GraphModule):
         module = _copy_graph_module(model)
     else:
-        module = _trace_modes(model, Leaves(record.get("leaf_modules", ()), model), given)
+        leaves = Leaves(record.get("leaf_modules", ()), model, sized=bool(examples))
+        module = _trace_modes(model, leaves, given)
     _copy_flags(module, model)
     return module
 
@@ -187,9 +193,17 @@ def _given(model: nn.Module, example_inputs: Any) -> Given:
         # A forward of nothing but *inputs is taken to have one.
         return Given(star=1 if star and not named else 0)
     if isinstance(example_inputs, Mapping):
-        return Given(names=tuple(example_inputs))
-    count = len(as_tuple(example_inputs))
-    return Given(tuple(named[:count]), max(0, count - len(named)) if star else 0)
+        return Given(tuple(example_inputs), examples=_in_order(named, example_inputs))
+    examples = as_tuple(example_inputs)
+    count = len(examples)
+    return Given(tuple(named[:count]), max(0, count - len(named)) if star else 0, examples)
+
+
+def _in_order(named: Sequence[str], example_inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return examples in the order of forward's arguments."""
+    rest = [name for name in example_inputs if name not in named]
+    order = [name for name in named if name in example_inputs] + rest
+    return tuple(example_inputs[name] for name in order)
 
 
 def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModule:
@@ -219,7 +233,7 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModu
     history = {
         "source": f"{type(model).__module__}.{type(model).__qualname__}",
         "leaf_modules": sorted(leaves.paths),
-        "inputs": {"names": list(given.names), "star": given.star},
+        "inputs": _inputs_record(given, evaluated, trained),
         "passes": [],
     }
     two_mode = error is not None or (trained is not None and not merged)
@@ -228,6 +242,14 @@ def _trace_modes(model: nn.Module, leaves: Leaves, given: Given) -> fx.GraphModu
         branching = sorted(evaluated.branching | (trained.branching if trained else set()))
         module.set_training(None if trained is None else trained.graph, error, tuple(branching))
     return module
+
+
+def _inputs_record(given: Given, *traces: ModeTracer | None) -> dict[str, Any]:
+    """Write down which inputs a trace had, and their sizes where the graph depends on them."""
+    record: dict[str, Any] = {"names": list(given.names), "star": given.star}
+    if any(one is not None and one.sized for one in traces):
+        record["examples"] = [to_record(value) for value in given.examples]
+    return record
 
 
 def _trace_once(
@@ -279,6 +301,7 @@ _KEEP_WHOLE = (
     "keep the module whole with leaf_modules=('its.path',) or its class, take Python that depends "
     "on tensor values out of forward, or fix optional arguments with example_inputs"
 )
+_ASK_EXAMPLES = "pass example_inputs, which answer questions about sizes and ranks"
 _WRAP_IT = "a layer of torch's is kept whole inside another module: wrap it in a nn.Module of yours"
 
 
@@ -303,10 +326,12 @@ def _explain(error: Exception, tracer: ModeTracer, training: bool) -> TraceError
         line = linecache.getline(last.filename, last.lineno or 0).strip()
         where += f", {last.filename}:{last.lineno}: {line}"
     mode = "training" if training else "eval"
+    asks = "control flow" in str(error) and not tracer.given.examples
+    fix = f"{_ASK_EXAMPLES}; else {_KEEP_WHOLE}" if asks else _KEEP_WHOLE
     failure = TraceError(
         f"the network cannot be traced in {mode} mode: {type(error).__name__}: {error}",
         where=where,
-        fix=_WRAP_IT if at_root and home.startswith("torch.nn.") else _KEEP_WHOLE,
+        fix=_WRAP_IT if at_root and home.startswith("torch.nn.") else fix,
     )
     failure.__cause__ = error
     return failure

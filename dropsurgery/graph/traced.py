@@ -96,4 +96,5 @@ def _unpickle(
     for node, (op, meta) in zip(module.graph.nodes, marks, strict=True):
         assert node.op == op
         node.meta.update(meta)
+    module.recompile()  # what runs depends on the marks
     return module

@@ -10,6 +10,7 @@ branches and holds nothing, no parameter and no child, stays whole instead.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import Function
+from torch.utils import _pytree as pytree
 
 from dropsurgery.graph.calls import bind, follow
+from dropsurgery.graph.example_run import ExampleRun
 from dropsurgery.graph.leaves import Leaves, function_homes, whole_functions
 from dropsurgery.graph.modes import ModeFlag, reads_training
 from dropsurgery.graph.module import fresh_path
 from dropsurgery.layers.functions import Apply
+
+_OTHER_SIZES = "the network was traced for other input sizes: trace it with example_inputs of these"
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,13 @@ class Given:
     Attributes:
         names: forward arguments that become inputs although they may have defaults.
         star: how many inputs `*args` stands for.
+        examples: the inputs, by which questions about sizes are answered; empty where there are
+            none.
     """
 
     names: tuple[str, ...] = ()
     star: int = 0
+    examples: tuple[Any, ...] = ()
 
 
 class StaticProxy(fx.Proxy):
@@ -138,6 +146,9 @@ class ModeTracer(fx.Tracer):
         self._entered: list[_Surroundings] = []
         self._proxies: dict[str, fx.Proxy] = {}
         self._tensor_paths: dict[int, str] = {}
+        self._example: ExampleRun | None = None
+        # Whether an answer of the examples is in the graph, so that it holds for their sizes.
+        self.sized = False
 
     def trace_clone(self, clone: nn.Module, *, symbolic_mode: bool = True) -> fx.Graph:
         """Trace a clone, which is spent by it, and return the graph.
@@ -148,6 +159,8 @@ class ModeTracer(fx.Tracer):
         named: list[tuple[str, Tensor]] = [*clone.named_parameters(), *clone.named_buffers()]
         self._tensor_paths = {id(tensor): path for path, tensor in named}
         self.branched = not symbolic_mode
+        if self.given.examples:
+            self._example = ExampleRun(clone, self)
         for module in clone.modules():
             flag = ModeFlag(module, self) if symbolic_mode else self.training
             module.__dict__["training"] = flag
@@ -164,6 +177,26 @@ class ModeTracer(fx.Tracer):
         # The tracer would be needed to unpickle the graph, which never happens with a clone.
         graph._tracer_cls = None
         return graph
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer a question about sizes as the example inputs have it, and hold later inputs to it.
+
+        Other sizes raise an error when the graph runs.
+        """
+        if self._example is None:
+            return super().to_bool(obj)
+        answer = self._example.value(obj.node)
+        if not isinstance(answer, bool | int | float):
+            return super().to_bool(obj)  # it depends on values
+        self.sized = True
+        held = obj
+        if not isinstance(answer, bool):  # a number
+            compare = operator.ne if answer else operator.eq
+            held = self.create_proxy("call_function", compare, (obj, 0), {})
+        elif not answer:
+            held = self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (held, _OTHER_SIZES), {})
+        return bool(answer)
 
     def branch(self, flag: ModeFlag) -> bool:
         """Answer a flag that was asked for its truth."""
@@ -188,11 +221,13 @@ class ModeTracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace a module call; fall back to a leaf where the module turns out to be one."""
+        if self._example is not None and self._example.active:
+            return forward(*args, **kwargs)
         self._check_modes()
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
-        layers = dict(self.layers)
+        layers, depth = dict(self.layers), len(self.module_stack)
         before = _surroundings(m)
         self._running.append(m)
         self._entered.append(before)
@@ -202,18 +237,20 @@ class ModeTracer(fx.Tracer):
         except _StaysWhole as signal:
             if signal.module is not m:
                 raise
-            self._undo(last)
-            self.layers = layers
-            path = self.path_of_module(m)
-            if self.module_stack and next(reversed(self.module_stack.values()))[0] == path:
-                self.module_stack.popitem(last=True)
-            self.num_calls[path] -= 1
-            self._is_whole[m] = True
+        except Exception:
+            if not self.leaves.is_reluctant(m):
+                raise
         else:
             return result
         finally:
             self._running.pop()
             self._entered.pop()
+        self._undo(last)
+        self.layers = layers
+        while len(self.module_stack) > depth:
+            path, _ = self.module_stack.popitem(last=True)[1]
+            self.num_calls[path] -= 1
+        self._is_whole[m] = True
         return super().call_module(m, forward, args, kwargs)
 
     def _check_modes(self) -> None:
@@ -236,7 +273,18 @@ class ModeTracer(fx.Tracer):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """While tracing, keep autograd functions whole, and notice autocast even if it is off."""
+        """While tracing, keep autograd functions whole, and notice autocast even if it is off.
+
+        Functions that make tensors take traced sizes, as torch's own do not.
+        """
+
+        def maker(real: Callable[..., Any]) -> Callable[..., Any]:
+            def make(*args: Any, **kwargs: Any) -> Any:
+                if any(isinstance(v, fx.Proxy) for v in pytree.tree_leaves((args, kwargs))):
+                    return self.create_proxy("call_function", real, args, kwargs)
+                return real(*args, **kwargs)
+
+            return make
 
         def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
@@ -244,17 +292,24 @@ class ModeTracer(fx.Tracer):
             return real_apply(cls, *args, **kwargs)
 
         def enter(region: torch.autocast) -> Any:
+            if self._example is not None and self._example.active:
+                return real_enter(region)
             raise _StaysWhole(self._running[-1], "switches autocast for a part of itself")
 
         real_apply = Function.__dict__["apply"].__func__
         real_enter = torch.autocast.__enter__
+        makers = {name: getattr(torch, name) for name in ("ones", "zeros", "empty", "full")}
         try:
+            for name, real in makers.items():
+                setattr(torch, name, maker(real))
             Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
             yield
         finally:
             Function.apply = classmethod(real_apply)  # type: ignore[assignment, method-assign]
             torch.autocast.__enter__ = real_enter  # type: ignore[method-assign]
+            for name, real in makers.items():
+                setattr(torch, name, real)
 
     def _undo(self, last: fx.Node | None) -> None:
         """Erase every node that was made after `last`."""
@@ -267,6 +322,8 @@ class ModeTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return a proxy for a parameter or buffer, one node a tensor."""
+        if self._example is not None and self._example.active:
+            return attr_val
         if not isinstance(attr_val, Tensor):
             return attr_val
         if not self.proxy_buffer_attributes and not isinstance(attr_val, nn.Parameter):

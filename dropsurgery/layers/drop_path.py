@@ -123,36 +123,52 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
-        if torch.compiler.is_compiling():
-            # Each question about the rate or the batch would be a guard, and each site would have
-            # code compiled again where its answer changes. A subset of all B rows is right too.
-            count = max((batch * (self._parts.shape[0] - 1) + _PARTS - 1) // _PARTS, 1)
-            masks, whole = self.peak < self.break_even, False
-        else:
-            # The tolerance is for products such as 10 · 0.7, which floats do not hold.
-            count = max(math.ceil(batch * keep - 1e-9), 1)
-            masks = self.drop_prob < self.break_even or count >= batch
-            whole = batch * keep - (count - 1) >= 1.0 - 1e-9
-        if self.mode != "subset" or masks:
+        compiled = torch.compiler.is_compiling()
+        count = self._count_compiled(batch) if compiled else self.count(batch)
+        # Compiled, a question about the rate or the batch would be a guard, and each site would
+        # have code compiled again where its answer changes. A subset of all B rows is right too.
+        masks = self.mode != "subset" or self.peak < self.break_even if compiled else count == batch
+        if masks:
             return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
+        scale = 1.0 / keep if keep > 0.0 else 0.0
         if self.draws is None:
             index = torch.randperm(batch, device=x.device)[:count]
-            chance = None if whole else torch.rand((), dtype=torch.float64, device=x.device)
         else:
-            uniform = self.draws.uniform(batch + 1, self.site, x.device)
-            index = uniform[:batch].argsort()[:count]
-            chance = None if whole else uniform[batch]
-        last = None if chance is None else chance + (count - 1) < batch * keep
-        return Rows(index, None, last, 1.0 / keep if keep > 0.0 else 0.0)
+            index = self.draws.uniform(batch, self.site, x.device).argsort()[:count]
+        if compiled:
+            last = self._number_compiled(x.device) + (count - 1) < batch * keep
+            return Rows(index, None, last, scale)
+        share = batch * keep - (count - 1)
+        return Rows(index, None, share >= 1.0 - 1e-9 or self._number() < share, scale)
+
+    def count(self, batch: int) -> int:
+        """Return for how many samples of a batch the branch is computed in training."""
+        if self.mode != "subset" or self.drop_prob < self.break_even:
+            return batch
+        # The tolerance is for products such as 10 · 0.7, which floats do not hold.
+        return min(max(math.ceil(batch * (1.0 - self.drop_prob) - 1e-9), 1), batch)
+
+    def _count_compiled(self, batch: int) -> int:
+        """Return the same of the survival probability in parts: integers only."""
+        return max((batch * (self._parts.shape[0] - 1) + _PARTS - 1) // _PARTS, 1)
 
     def survives(self) -> bool:
         """Draw, on the host, whether a whole mini-batch keeps the branch; always so in eval."""
         if not self.training or self.drop_prob == 0.0:
             return True
-        keep = 1.0 - self.drop_prob
+        return self._number() < 1.0 - self.drop_prob
+
+    def _number(self) -> float:
+        """Draw a number in [0, 1) on the host, whatever the device: nothing waits for it."""
         if self.draws is not None:
-            return self.draws.number(self.site) < keep
-        return bool(torch.empty(1).bernoulli_(keep).item())
+            return self.draws.number(self.site + 1)
+        return torch.rand((), dtype=torch.float64, device="cpu").item()
+
+    def _number_compiled(self, device: torch.device) -> Tensor:
+        """Draw the same as a tensor."""
+        if self.draws is not None:
+            return self.draws.uniform(1, self.site + 1, device)[0]
+        return torch.rand((), dtype=torch.float64, device=device)
 
     def _mask(self, x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Return a (count,) mask of 0 and 1/keep on the device of `x`."""

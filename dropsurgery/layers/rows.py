@@ -19,14 +19,13 @@ class Rows(NamedTuple):
         index: int64 (k,), the samples in the order in which they stand in the branch; None for all
             of them, in their own order.
         mask: (B,), the factor of each sample, where `index` is None.
-        last: bool (), whether the last row of `index` counts; None where it always does.
+        last: whether the last row of `index` counts; in compiled code a bool tensor ().
         scale: the factor of every row that counts.
     """
 
-    # A tuple has a method of this name.
-    index: Tensor | None  # type: ignore[assignment]
+    index: Tensor | None  # type: ignore[assignment]  # tuple.index is of no use here
     mask: Tensor | None = None
-    last: Tensor | None = None
+    last: bool | Tensor = True
     scale: float = 1.0
 
 
@@ -88,7 +87,7 @@ def add_rows(
 def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
     """Return the rows of a branch as they count: scale times each, the last one or not."""
     branch = branch * rows.scale
-    if rows.last is None:
+    if rows.last is True:
         return branch
     count = branch.shape[axis]
     counts = (torch.arange(count, device=branch.device) < count - 1) | rows.last
@@ -109,41 +108,31 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        skip: Tensor,
-        branch: Tensor,
-        index: Tensor,
-        last: Tensor | None,
-        scale: float,
-        axis: int,
+        skip: Tensor, branch: Tensor, index: Tensor, last: bool, scale: float, axis: int
     ) -> Tensor:
         # The clone itself is returned: an in-place activation may not write to a function's view.
         out = skip.clone()
         dense, moved = _dense(out, axis)
-        dense.index_add_(axis, index, branch.movedim(1, -1) if moved else branch, alpha=scale)
-        if last is not None:
-            row = index[-1:]
-            before = skip.movedim(1, -1) if moved else skip
-            kept = torch.where(last, dense.index_select(axis, row), before.index_select(axis, row))
-            dense.index_copy_(axis, row, kept)
+        branch = branch.movedim(1, -1) if moved else branch
+        count = index.shape[0] - (not last)
+        dense.index_add_(axis, index[:count], branch.narrow(axis, 0, count), alpha=scale)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, index, last, ctx.scale, ctx.axis = inputs
-        ctx.save_for_backward(index, last)
+        _, _, index, ctx.last, ctx.scale, ctx.axis = inputs
+        ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        index, last = ctx.saved_tensors
+        (index,) = ctx.saved_tensors
         branch = None
         if ctx.needs_input_grad[1]:
             dense, moved = _dense(gradient, ctx.axis)
-            branch = dense.index_select(ctx.axis, index) * ctx.scale
-            if last is not None:
-                count = index.shape[0] - 1
-                row = branch.narrow(ctx.axis, count, 1)
-                branch.narrow(ctx.axis, count, 1).copy_(torch.where(last, row, 0.0))
+            branch = dense.index_select(ctx.axis, index).mul_(ctx.scale)
+            if not ctx.last:
+                branch.narrow(ctx.axis, index.shape[0] - 1, 1).zero_()
             branch = branch.movedim(-1, 1) if moved else branch
         return gradient, branch, None, None, None, None
 

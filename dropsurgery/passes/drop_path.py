@@ -25,6 +25,7 @@ from dropsurgery.graph.module import (
 from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
 from dropsurgery.graph.residual import Residuals, Site, analyse, check_include
 from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.graph.uses import value_readers
 from dropsurgery.layers.drop_path import BREAK_EVEN, DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
 from dropsurgery.passes.saved_work import SavedWork
@@ -377,18 +378,26 @@ def _aliased(module: fx.GraphModule, add: fx.Node, branch: fx.Node) -> fx.Node |
     if not _overwrites(module, add, branch):
         return None
 
-    def same_memory(node: fx.Node) -> bool:
-        return kind_of(module, node) is Kind.ALIAS or writes_in_place(module, node)
+    order = {node: index for index, node in enumerate(add.graph.nodes)}
+
+    def same_memory(node: fx.Node) -> fx.Node | None:
+        first = next(iter(node.all_input_nodes), None)
+        shares = kind_of(module, node) is Kind.ALIAS or writes_in_place(module, node)
+        return first if shares else None
 
     shared, pending = {branch}, [branch]
     while pending:
         node = pending.pop()
-        before = node.all_input_nodes[:1] if same_memory(node) else []
-        after = [user for user in node.users if user is not add and same_memory(user)]
-        pending += [n for n in (*before, *after) if n not in shared]
-        shared.update(pending)
-    others = shared - {branch}
-    return next((node for node in others if _late_readers(module, add, node)), None)
+        before = same_memory(node)
+        near = [user for user in node.users if order[user] < order[add]]
+        after = [user for user in near if same_memory(user) is node]
+        fresh = [n for n in (before, *after) if n is not None and n not in shared]
+        pending += fresh
+        shared.update(fresh)
+    for node in shared - {branch}:
+        if any(order[user] > order[add] for user in value_readers(node)):
+            return node
+    return None
 
 
 def _table(rule: rules.Rule, total: int) -> rules.Table:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from dropsurgery.errors import ArgumentError
-from dropsurgery.graph.channels import Shapes
+from dropsurgery.graph.channels import Shapes, traced_shape
 from dropsurgery.layers.drop_block import DropBlock2d, DropBlock3d
 from dropsurgery.layers.noise import check_rate
 from dropsurgery.passes.insert_base import Insertion, Unusable
@@ -59,6 +59,10 @@ class InsertDropBlock(Insertion):
     ) -> int:
         """Return how many spatial axes the layer is to take."""
         try:
-            return spatial_axes(module, shapes, value, (2, 3))
+            axes = spatial_axes(module, shapes, value, (2, 3))
         except Unusable as reason:
             raise Unusable(f"it is no feature map: {reason}") from None
+        shape = traced_shape(value)
+        if shape is not None and set(shape[2:]) == {1}:
+            raise Unusable("it is no feature map but a single pixel")
+        return axes

@@ -46,6 +46,8 @@ class RemoveDrops(Pass):
         changes, steps, paths = [], [], set[str]()
         for index, graph in enumerate(graphs(module)):
             for node in graph.nodes:
+                if _is_left_open(node) and self._chosen(node.meta[INSERTED_DROP][1]):
+                    steps.append((index, node.name))
                 if node.meta.get(INSERTED_DROP) != ("call",):
                     continue
                 path = str(node.target)
@@ -72,6 +74,9 @@ class RemoveDrops(Pass):
         for index, name in plan.steps:
             graph = graphs(module)[index]
             node = next(n for n in graph.nodes if n.name == name)
+            if _is_left_open(node):
+                _close(node)
+                continue
             left.add(str(node.target))
             for user in list(node.users):
                 if user.meta.get(INSERTED_DROP, ("",))[0] == "rewritten":
@@ -84,6 +89,13 @@ class RemoveDrops(Pass):
                     graph.erase_node(node)
         for path in left - nodes_by_target(module).keys():
             module.delete_submodule(path)
+
+
+def _is_left_open(node: fx.Node) -> bool:
+    """Say whether a layer's call was opened for a drop that another pass has taken out."""
+    done = node.meta.get(INSERTED_DROP, ("",))
+    weight = node.args[1] if done[0] == "rewritten" else None
+    return isinstance(weight, fx.Node) and weight.target == f"{done[1]}.weight"
 
 
 def _close(node: fx.Node) -> None:

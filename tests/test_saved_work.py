@@ -1,0 +1,497 @@
+"""Drop path that does not compute what it drops, against the same draws computed and masked."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import dropsurgery as ds
+from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.rows import Rows, add_rows, take_rows
+from tests.helpers import randomize
+from tests.saved_work_helpers import Recorder, as_mask, assert_runs_as_masked, quiet
+
+WORKING = ("subset", "batch")
+
+
+def insert(model: nn.Module, mode: str, final: float = 0.4, **options: Any) -> fx.GraphModule:
+    torch.manual_seed(3)
+    options = {"break_even": 0.0, **options}
+    return ds.apply(
+        model, ds.InsertDropPath(ds.survival.linear(final), mode=mode, **options)
+    ).module
+
+
+def lowered(module: fx.GraphModule) -> int:
+    """Return how many branches the running code takes apart."""
+    return len(re.findall(r"= \w+_(?:draw_rows|run_or_skip)(?:_\d+)?\(", module.running_code))
+
+
+# Small blocks, each with its own trap
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+class InPlaceAfter(Mlp):
+    """The trap of skipping: relu_ after the add writes into what a dropped block hands on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(x + torch.tanh(self.fc(x)))
+
+
+class InPlaceBefore(Mlp):
+    """The branch starts by overwriting the skip, which reads the overwritten values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        y = torch.tanh(self.fc(x.mul_(0.5)))
+        return x + y
+
+
+class InPlaceInside(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(F.relu(self.fc(x), inplace=True)).mul(3.0).sub_(2.0)
+
+
+class AddInPlace(Mlp):
+    """skip.add_(branch): whoever reads the skip later reads the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x * 1.0
+        total = skip.add_(torch.tanh(self.fc(x)))
+        return total + 0.5 * skip
+
+
+class AddIntoBranch(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.fc(x))
+        y.add_(x)
+        return y
+
+
+class Projected(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.sigmoid(x)
+        return self.down(before) + torch.tanh(self.fc(before))
+
+
+class Gained(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * torch.tanh(self.fc(x))
+
+
+class Sizes(Mlp):
+    """The branch asks the fork, outside of itself, how many samples there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width = x.shape
+        half = width // 2
+        y = torch.tanh(self.fc(x)).view(batch, 2, half)
+        ones = x.new_ones(batch, 2, half)
+        y = (y * ones).reshape(batch, width)
+        return (x + y).view(batch, width)
+
+
+class Escapes(Mlp):
+    """A value of the branch is used elsewhere: only what follows it is the branch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = torch.tanh(self.fc(x))
+        return (x + torch.sigmoid(self.fc(shared))) * shared.mean()
+
+
+class Inner(nn.Module):
+    """A branch that holds residual blocks itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = Mlp(), InPlaceAfter(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(self.second(self.first(torch.tanh(x))))
+
+
+BLOCKS = [
+    Mlp, InPlaceAfter, InPlaceBefore, InPlaceInside, AddInPlace, AddIntoBranch, Projected, Gained,
+    Sizes, Escapes,
+]  # fmt: skip
+
+
+class Stack(nn.Sequential):
+    def __init__(self, block: Callable[[], nn.Module], depth: int = 3) -> None:
+        super().__init__(*(block() for _ in range(depth)))
+
+
+@pytest.mark.parametrize("mode", WORKING)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_blocks_run_as_masked(
+    block: Callable[[], nn.Module], mode: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = insert(Stack(block).double(), mode)
+    assert lowered(net) == 3
+    assert_runs_as_masked(net, (torch.randn(batch, 6, dtype=torch.float64),), monkeypatch)
+
+
+def inner_by_hand(block: Inner, x: Tensor, drawn: list[Any], modes: tuple[str, str]) -> Tensor:
+    """Return what `Inner` gives for draws in the order outer, first, second."""
+
+    def run(value: Tensor, branch: Callable[[Tensor], Tensor], mode: str) -> Tensor:
+        draw = drawn.pop(0)
+        if mode == "batch":
+            return value + 2.0 * branch(value) if draw else value
+        if draw.index is None:
+            return value + draw.mask[:, None] * branch(value)
+        index = draw.index if draw.last else draw.index[:-1]
+        result = branch(value[draw.index])[: len(index)]
+        return value.index_add(0, index, result, alpha=draw.scale)
+
+    def branch(value: Tensor) -> Tensor:
+        value = run(torch.tanh(value), lambda v: torch.tanh(block.first.fc(v)), modes[1])
+        value = torch.relu(run(value, lambda v: torch.tanh(block.second.fc(v)), modes[1]))
+        return block.fc(value)
+
+    return run(x, branch, modes[0])
+
+
+@pytest.mark.parametrize("outer", WORKING)
+@pytest.mark.parametrize("inner", WORKING)
+def test_residuals_inside_a_branch(inner: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Inner().double()
+    insertion = ds.InsertDropPath(
+        ds.survival.constant(0.5), mode=outer, include=("nested",), break_even=0.0
+    )
+    net = ds.apply(block, insertion).module.train()
+    for path in ("first.drop_path", "second.drop_path"):
+        net.get_submodule(path).mode = inner
+    net.recompile()
+    drawn: list[Any] = []
+    for name in ("rows", "survives"):
+        draw = getattr(ds.DropPath, name)
+
+        def recorded(*args: Any, draw: Any = draw) -> Any:
+            drawn.append(draw(*args))
+            return drawn[-1]
+
+        monkeypatch.setattr(ds.DropPath, name, recorded)
+    kinds = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        drawn.clear()
+        x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+        output = net(x)
+        kinds.add(len(drawn))
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        expected = inner_by_hand(block, x, list(drawn), (outer, inner))
+        (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    assert kinds == ({1, 3} if outer == "batch" else {3})
+
+
+class Masked(nn.Module):
+    """Attention whose mask is an input of the network, and a table that is none.
+
+    The mask has as many tokens as there are samples: no size tells which axis is which.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+        self.table = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.qkv(x + self.table).chunk(3, dim=-1)
+            weights = (q @ k.transpose(1, 2) + mask[:, None, :]).softmax(-1)
+            x = x + self.out(weights @ v)
+        return x
+
+
+@pytest.mark.parametrize("mode", WORKING)
+def test_other_inputs_are_gathered_where_they_hold_the_batch(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(5, 5, 6).double(), torch.randn(5, 5).double()
+    model = Masked().double()
+    insertion = ds.InsertDropPath(ds.survival.constant(0.5), mode=mode)
+    net = ds.apply(model, insertion, example_inputs=(x, mask)).module
+    assert lowered(net) == 2
+    assert_runs_as_masked(net, (x, mask), monkeypatch)
+
+
+@pytest.mark.parametrize("mode", WORKING)
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "swin_t", "convnext_tiny"],
+)
+def test_torchvision_runs_as_masked(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(getattr(torchvision.models, name)(num_classes=5)).double()
+    net = insert(model, mode)
+    keys = list(model.state_dict())
+    assert list(net.state_dict()) == keys
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    assert_runs_as_masked(net, (x,), monkeypatch)
+    net.eval()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_50", "hrnet_w18_small"])
+def test_timm_runs_as_masked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"img_size": 64} if "vit" in name else {}
+    model = randomize(timm.create_model(name, num_classes=5, **size)).double()
+    net = insert(model, "subset")
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    assert_runs_as_masked(net, (x,), monkeypatch)
+
+
+def test_the_oracle_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = insert(Stack(Mlp).double(), "subset")
+    forgets = ds.DropPath.rows
+
+    def wrong(layer: ds.DropPath, x: Tensor, axis: int = 0) -> Rows | None:
+        rows = forgets(layer, x, axis)
+        return None if rows is None else rows._replace(scale=1.0)
+
+    recorder = Recorder(quiet(net), monkeypatch)
+    x = torch.randn(8, 6).double()
+    output = net(x)
+    assert torch.allclose(output, recorder.run_flat(x))
+    monkeypatch.setattr(ds.DropPath, "rows", wrong)
+    assert not torch.allclose(net(x), recorder.run_flat(x))
+
+
+# What runs, and what does not
+
+
+def test_a_dropped_branch_does_not_run() -> None:
+    net = ds.retrofit(torchvision.models.resnet18(), 0.5, mode="batch").train()
+    torch.manual_seed(1)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    dropped = set()
+    for path, layer in net.named_modules():
+        if isinstance(layer, ds.DropPath):
+            kept = bool(torch.rand(()) < 0.5)
+            layer.survives = lambda kept=kept: kept  # type: ignore[method-assign]
+            if not kept:
+                dropped.add(path.rpartition(".")[0])
+    assert 0 < len(dropped) < 8
+    net(torch.randn(4, 3, 64, 64)).sum().backward()
+    for path in dropped:
+        block = net.get_submodule(path)
+        # As in the paper: the statistics of a block that did not run stay as they were.
+        assert torch.equal(block.bn1.running_mean, before[f"{path}.bn1.running_mean"])
+        assert block.conv1.weight.grad is None
+    assert net.get_submodule("layer1.0").conv1.weight.grad is not None or "layer1.0" in dropped
+
+
+def test_only_the_chosen_rows_run() -> None:
+    net = insert(Stack(Mlp), "subset", final=0.5).train()
+    seen: list[int] = []
+    for block in net.children():
+        block.fc.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))  # type: ignore
+    net(torch.randn(64, 6))
+    assert seen == [54, 43, 32]  # ceil(64 · 5/6), ceil(64 · 4/6), 64 · 1/2
+    seen.clear()
+    net.eval()(torch.randn(64, 6))
+    assert seen == [64, 64, 64]
+
+
+def test_batchnorm_in_a_subset_sees_the_subset() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(6, momentum=1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.bn(x))
+
+    net = insert(nn.Sequential(Block()), "subset", final=0.5).train()
+    chosen: list[Tensor] = []
+    net.get_submodule("0.bn").register_forward_hook(lambda m, args, out: chosen.append(args[0]))
+    net(torch.randn(10, 6))
+    assert len(chosen[0]) == 5
+    torch.testing.assert_close(net.get_submodule("0.bn").running_mean, chosen[0].mean(0))
+
+
+def test_the_graph_that_people_see_stays_flat() -> None:
+    model = torchvision.models.resnet18()
+    plain = ds.trace(model)
+    row, subset = insert(model, "row"), insert(model, "subset")
+    assert subset.code == row.code
+    assert "take_rows" in subset.running_code
+    assert row.running_code == row.code
+    removed = ds.apply(subset, ds.RemoveDropPath()).module
+    assert removed.code == plain.code == removed.running_code
+    slim = ds.slim(subset)
+    assert not any(isinstance(m, ds.DropPath) for m in slim.modules())
+
+
+@pytest.mark.parametrize("mode", WORKING)
+def test_copies_pickles_and_saved_surgeries_run_alike(mode: str, tmp_path: Any) -> None:
+    net = insert(Stack(InPlaceAfter), mode, final=0.5).train()
+    x = torch.randn(8, 6)
+    torch.manual_seed(5)
+    expected = net(x)
+    copied = copy.deepcopy(net)
+    pickled = pickle.loads(pickle.dumps(net))
+    loaded = ds.load(ds.save(net, tmp_path), Stack(InPlaceAfter))
+    for other in (copied, pickled, loaded):
+        assert lowered(other) == 3
+        torch.manual_seed(5)
+        assert torch.equal(other(x), expected)
+
+
+def test_a_second_insertion_changes_the_mode() -> None:
+    net = insert(Stack(Mlp), "row")
+    subset = insert(net, "subset")
+    assert lowered(net) == 0
+    assert lowered(subset) == 3
+    assert lowered(insert(subset, "row")) == 0
+    native = torchvision.models.convnext_tiny()
+    assert lowered(insert(native, "subset")) == 18
+
+
+def test_what_can_only_be_masked_is_said() -> None:
+    class Weird(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(x, torch.tanh(self.fc(x)), alpha=2)
+
+    result = ds.apply(Stack(Weird), ds.InsertDropPath(ds.survival.linear(0.5), mode="subset"))
+    assert all("mode 'row' (computed and masked: 'add" in c.what for c in result.changes)
+    assert lowered(result.module) == 0
+    result = ds.apply(Stack(Mlp), ds.InsertDropPath(ds.survival.linear(0.99), mode="subset"))
+    assert "masked: it drops less than the break-even 0.05" in result.changes[0].what
+
+
+def test_bad_break_even() -> None:
+    with pytest.raises(ArgumentError, match=r"break_even must lie in \[0, 1\], got 2"):
+        ds.InsertDropPath(ds.survival.linear(0.5), mode="subset", break_even=2)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 32])
+@pytest.mark.parametrize("drop_prob", [0.1, 0.37, 0.5])
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_draws_match_theory(mode: str, drop_prob: float, batch: int) -> None:
+    torch.manual_seed(batch)
+    layer = ds.DropPath(drop_prob, mode, break_even=0.0).train()  # type: ignore[arg-type]
+    x, keep = torch.zeros(batch, 1), 1.0 - drop_prob
+    draws = 20_000 // 4 if batch == 32 else 20_000
+    masks = torch.stack([as_mask(layer.rows(x), batch) for _ in range(draws)])  # type: ignore
+    kept = (masks > 0).double()
+    error = (keep * drop_prob / draws) ** 0.5
+    assert ((kept.mean(0) - keep).abs() < 4.5 * error).all()
+    assert ((masks.mean(0) - 1.0).abs() < 4.5 * error / keep).all()
+    # A Bernoulli's variance, scaled; its sampling error from the fourth central moment.
+    variance = drop_prob / keep
+    fourth = keep * (1 / keep - 1) ** 4 + drop_prob
+    spread = ((fourth - variance**2) / draws) ** 0.5
+    assert ((masks.var(0) - variance).abs() < 4.5 * spread + 25 * variance / draws).all()
+    if mode == "subset" and layer.count(batch) < batch:
+        counts = kept.sum(1)
+        most = layer.count(batch)
+        assert set(counts.tolist()) <= {most - 1, most}
+        # Samples are drawn without order: each pair is as likely as every other.
+        if 2 <= batch <= 7:
+            pairs = (kept.T @ kept) / draws
+            off = pairs[~torch.eye(batch, dtype=torch.bool)]
+            assert (off - off.mean()).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+def test_whole_batches_survive_at_their_rate() -> None:
+    torch.manual_seed(0)
+    layer = ds.DropPath(0.3, "batch").train()
+    kept = sum(layer.survives() for _ in range(20_000)) / 20_000
+    assert abs(kept - 0.7) < 4 * (0.21 / 20_000) ** 0.5
+    assert layer.eval().survives()
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_rates_at_the_ends(p: float) -> None:
+    net = insert(Stack(Mlp), "subset").train()
+    for layer in net.modules():
+        if isinstance(layer, ds.DropPath):
+            layer.drop_prob = p
+    x = torch.randn(8, 6)
+    output = net(x)
+    if p == 1.0:
+        assert torch.equal(output, x)
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(output, net.eval()(x))
+
+
+# The functions
+
+
+def test_rows_keep_the_memory_format() -> None:
+    x = torch.randn(6, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    rows = Rows(torch.tensor([4, 1, 3]), scale=2.0)
+    taken = take_rows(x, rows)
+    assert torch.equal(taken, x[[4, 1, 3]])
+    assert taken.is_contiguous(memory_format=torch.channels_last)
+    total = add_rows(x, taken, rows)
+    assert total.is_contiguous(memory_format=torch.channels_last)
+    expected = x.clone()
+    expected[[4, 1, 3]] *= 3
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("last", [True, False, torch.tensor(True), torch.tensor(False)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradients_of_the_sum(last: bool | Tensor, axis: int) -> None:
+    torch.manual_seed(0)
+    skip = torch.randn(5, 5, 2, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(3, 5, 2, dtype=torch.float64).movedim(0, axis).clone()
+    branch.requires_grad_(True)
+    rows = Rows(torch.tensor([2, 0, 4]), None, last, 1.7)
+    assert torch.autograd.gradcheck(lambda s, b: add_rows(s, b, rows, axis), (skip, branch))
+    factor = torch.tensor([1.7, 1.7, 1.7 * float(last)], dtype=torch.float64)
+    expected = (
+        skip.detach()
+        .clone()
+        .index_add(axis, rows.index, branch.detach() * factor.view(-1, *(1,) * (2 - axis)))
+    )
+    torch.testing.assert_close(add_rows(skip, branch, rows, axis), expected)
+    written = add_rows(skip.detach().clone(), branch.detach(), rows, axis, in_place=True)
+    torch.testing.assert_close(written, expected)
+
+
+def test_a_branch_that_broadcasts() -> None:
+    skip, branch = torch.randn(4, 3, 5), torch.randn(2, 3, 1)
+    rows = Rows(torch.tensor([3, 1]), scale=2.0)
+    expected = skip.clone()
+    expected[[3, 1]] += 2 * branch
+    torch.testing.assert_close(add_rows(skip, branch, rows), expected)
