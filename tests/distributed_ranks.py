@@ -147,7 +147,7 @@ def masks(mode: str, per_rank: bool) -> list[Any]:
                 continue
             rows = layer.rows(torch.zeros(5, 2))
             assert rows is not None
-            drawn += [None if v is None else v.tolist() for v in (rows.index, rows.mask, rows.last)]
+            drawn += [v.tolist() if isinstance(v, Tensor) else v for v in rows]
         draws.advance()
     return drawn
 

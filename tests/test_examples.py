@@ -65,3 +65,14 @@ def test_check_equivalence_in_pytest() -> None:
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {name.removeprefix("test_") for name in globals() if name[5:] in names}
+
+
+def test_train_ddp_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    script = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    small = ("--steps", "2", "--batch", "8", "--checkpoint", str(tmp_path / "run.pt"))
+    for epoch in (0, 1):
+        done = run(*script, str(EXAMPLES / "train_ddp.py"), *small, "--epochs", str(epoch + 1))
+        assert done.returncode == 0, done.stderr
+        progress, end = done.stdout.strip().splitlines()
+        assert progress.startswith(f"epoch {epoch}: loss ")
+        assert end.startswith(f"step {2 * epoch + 2}, weights ")

@@ -163,8 +163,7 @@ def test_rows_keep_the_memory_format(
     torch.manual_seed(0)
     x = torch.randn(shape).to(memory_format=layout).requires_grad_()
     skip = torch.randn(shape).to(memory_format=layout).requires_grad_()
-    
-    rows = Rows(torch.tensor([4, 0, 3]), None, flag, 2.0)
+    rows = Rows(torch.tensor([4, 0, 3]), None, last, 2.0)
     taken = take_rows(x, rows)
     assert torch.equal(taken, x[[4, 0, 3]])
     assert taken.is_contiguous(memory_format=layout)

@@ -160,6 +160,9 @@ class DropPath(nn.Module):
 
     def _number(self) -> float:
         """Draw a number in [0, 1) on the host, whatever the device: nothing waits for it."""
+        if self.draws is not None and torch.compiler.is_compiling():
+            # The step as a number would be a constant of the code, and each step compiled anew.
+            return self.draws.uniform(1, self.site + 1, torch.device("cpu")).item()
         if self.draws is not None:
             return self.draws.number(self.site + 1)
         return torch.rand((), dtype=torch.float64, device="cpu").item()
