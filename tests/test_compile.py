@@ -128,7 +128,7 @@ def test_batch_mode_breaks_the_graph_where_it_draws(seeded: bool) -> None:
     compiled = torch.compile(net, backend="eager")
     values = []
     for _ in range(40):
-        values.append(float(compiled(torch.zeros(3, 1)).unique()))
+        values.append(float(compiled(torch.zeros(3, 1)).detach().unique()))
         draws.advance()
     assert set(values) == {0.0, 2.0}
     torch._dynamo.reset()
@@ -193,13 +193,15 @@ def compare(compiled: Callable[..., Any], net: nn.Module, x: Tensor, tolerance: 
 def test_seeded_draws_are_the_same_compiled(mode: str) -> None:
     """With seeded draws the compiled network gives what the eager one gives, step after step."""
     torch.manual_seed(0)
-    net = ds.retrofit(Net().double(), 0.5, mode=mode).train()
+    model = Net().double()
+    model.blocks = model.blocks[:2]
+    net = ds.retrofit(model, 0.5, mode=mode).train()
     draws = ds.seed_drop_paths(net, 3)
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     x = torch.randn(16, 4, dtype=torch.float64)
     outputs = []
-    for _ in range(4):
+    for _ in range(3):
         outputs.append(compare(compiled, net, x, 1e-10))
         schedule.step()
         draws.advance()
@@ -226,7 +228,7 @@ def test_inductor() -> None:
     draws = ds.seed_drop_paths(net, 3)
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, fullgraph=True)
-    for _ in range(3):
+    for _ in range(2):
         compare(compiled, net, torch.randn(16, 4), 1e-5)
         schedule.step()
         draws.advance()

@@ -86,7 +86,11 @@ def test_set_survival_of_a_part_leaves_the_rest_alone() -> None:
 
 def test_set_survival_behind_wrappers() -> None:
     net = ds.retrofit(Net(), 0.5)
-    for wrapped in (torch.compile(net, backend="eager"), DataParallel(net), torch.compile(DataParallel(net), backend="eager")):
+    for wrapped in (
+        torch.compile(net, backend="eager"),
+        DataParallel(net),
+        torch.compile(DataParallel(net), backend="eager"),
+    ):
         ds.set_survival(net, ds.survival.constant(1.0))
         ds.set_survival(wrapped, ds.survival.constant(0.7))
         assert rates(net) == pytest.approx([0.3] * 4)
@@ -177,8 +181,8 @@ def test_what_a_schedule_refuses() -> None:
         ds.SurvivalSchedule(Net(), ds.ramps.step(1))
     schedule = ds.SurvivalSchedule(net, ds.ramps.linear(4))
     state = schedule.state_dict()
+    final = {k: v for k, v in state["final"].items() if not k.startswith("blocks.3")}
     with pytest.raises(ds.errors.ArgumentError, match=r"only one of them has .* 'blocks\.3"):
-        final = {k: v for k, v in state["final"].items() if not k.startswith("blocks.3")}
         schedule.load_state_dict({**state, "final": final})
     for step in (-1, 1.5, True, None):
         with pytest.raises(ds.errors.ArgumentError, match="step must be an integer of at least 0"):
@@ -193,7 +197,7 @@ def test_what_a_schedule_refuses() -> None:
 def test_draws_are_uniform() -> None:
     values = Draws(7).uniform(20_000, 5, CPU)
     assert values.dtype == torch.float64
-    assert 0.0 <= float(values.min())
+    assert float(values.min()) >= 0.0
     assert float(values.max()) < 1.0
     assert_mean(values, 0.5)
     assert_variance(values, 1.0 / 12.0)

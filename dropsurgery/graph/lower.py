@@ -274,4 +274,6 @@ def _runner(branch: Callable[..., Any], in_place: bool, copied: bool) -> Callabl
             result = result * (1.0 / (1.0 - layer.drop_prob))
         return skip.add_(result) if in_place else skip + result
 
+    # torch.compile keeps what it compiled by code object, up to a limit: one for each branch.
+    run_or_skip.__code__ = run_or_skip.__code__.replace()
     return run_or_skip

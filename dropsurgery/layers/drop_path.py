@@ -44,7 +44,8 @@ class DropPath(nn.Module):
 
     As a layer on its own it masks, in every mode. In a graph that `InsertDropPath` made, the modes
     "subset" and "batch" do not compute what they drop: the graph is compiled to run the branch
-    between `rows` and the add, or only where it `survives`.
+    between `rows` and the add, or only where it `survives`. A branch that does not run leaves its
+    parameters without gradient: see `ds.ddp_options`.
 
     Args:
         drop_prob: probability of dropping, in [0, 1]; one minus the survival probability.
