@@ -19,6 +19,7 @@ from rich.markup import escape
 import dropsurgery as ds
 from dropsurgery import inspection, skeleton
 from dropsurgery.cli_options import (
+    Count,
     Depths,
     Directory,
     Every,
@@ -29,6 +30,7 @@ from dropsurgery.cli_options import (
     Model,
     ModelArgs,
     RuleName,
+    Single,
     Surgery,
     UnitName,
     Weights,
@@ -37,6 +39,7 @@ from dropsurgery.cli_options import (
     insertion,
     keyword_arguments,
     read_inputs,
+    survival_rule,
 )
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
@@ -89,9 +92,12 @@ def inspect(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
+    single: Single = False,
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
+    inputs: Inputs = None,
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the residual skeleton.")
     ] = None,
@@ -103,11 +109,13 @@ def inspect(
 
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
     with _working(f"inspecting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        found = inspection.inspect(model, loaded.module, chosen)
+        examples = example_inputs(loaded, inputs) if inputs else None
+        found = inspection.inspect(model, loaded.module, chosen, examples)
         drawn = {kind: skeleton.picture(found, kind) for kind in pictures}
         for kind, path in pictures.items():
             write_whole(path, drawn[kind])
@@ -130,12 +138,19 @@ def retrofit(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
+    single: Single = False,
     mode: Annotated[
-        Literal["row", "batch"], typer.Option(help="One draw for each sample, or for each batch.")
+        Literal["row", "subset", "batch"],
+        typer.Option(
+            help="One draw for each sample, an exact share of the samples, or one draw for each "
+            "batch."
+        ),
     ] = "row",
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
+    inputs: Inputs = None,
     every: Every = False,
     as_json: Json = False,
 ) -> int:
@@ -145,10 +160,12 @@ def retrofit(
 
     Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include, mode)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count, mode)
     with _working(f"retrofitting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        result = ds.apply(loaded.module, chosen)
+        examples = example_inputs(loaded, inputs) if inputs else None
+        result = ds.apply(loaded.module, chosen, example_inputs=examples)
         ds.save(result.module, output)
     return _tell(result, output, model, every, as_json)
 
