@@ -10,8 +10,8 @@ from typing import Any
 NAMES = {
     "resnet110": "ResNet-110 (CIFAR), 32²",
     "resnet50": "ResNet-50, 128²",
-    "vit_small": "ViT-S/16, 128²",
-    "convnext_tiny": "ConvNeXt-T, 128²",
+    "vit_small": "ViT-S/16, 96²",
+    "convnext_tiny": "ConvNeXt-T, 96²",
     "swin_tiny": "Swin-T, 112²",
 }
 CONVOLUTIONAL = ("resnet110", "resnet50")
@@ -68,6 +68,8 @@ def steps_table(steps: dict[str, Any], final: str) -> str:
     rows = []
     for case in ordered(steps):
         found, (name, batch) = steps[case], case.split(":")
+        if f"row {final}" not in found:
+            continue
         row = [NAMES[name], batch, f"{found[f'row {final}']['ratio']:.3f}"]
         for mode in ("subset", "batch"):
             entry = found[f"{mode} {final}"]
@@ -99,7 +101,10 @@ def summary(steps: dict[str, Any]) -> str:
             f"within {limit} ({each})."
         )
     over_batch = [
-        steps[case][f"batch {final}"]["against ideal"] for case in steps for final in ("0.5", "0.8")
+        entry["against ideal"]
+        for found in steps.values()
+        for key, entry in found.items()
+        if key.startswith("batch ")
     ]
     lines.append(
         f"- batch mode over ideal, mean over all cases: {statistics.fmean(over_batch):.3f} "
@@ -109,7 +114,7 @@ def summary(steps: dict[str, Any]) -> str:
         f"{case} at p_L = {final} ({steps[case][f'subset {final}']['ratio']:.3f})"
         for case in ordered(steps)
         for final in ("0.5", "0.8")
-        if steps[case][f"subset {final}"]["ratio"] > 1.0
+        if f"subset {final}" in steps[case] and steps[case][f"subset {final}"]["ratio"] > 1.0
     ]
     lines.append(f"- subset slower than the plain network: {', '.join(slower) or 'nowhere'}.")
     return "\n".join(lines)
