@@ -63,8 +63,12 @@ def ordered(steps: dict[str, Any]) -> list[str]:
 def steps_table(steps: dict[str, Any], final: str) -> str:
     """Return the table of one rate."""
     references = final == "0.5"
-    header = ("network", "batch", "row", "subset", "ideal", "over ideal", "batch mode", "ideal",
-              "over ideal", *(("timm's drop path", "DINOv2's way") if references else ()))  # fmt: skip
+    header = [
+        *("network", "batch", "row", "subset", "ideal", "over ideal"),
+        *("batch mode", "ideal", "over ideal"),
+    ]
+    if references:
+        header += ["timm's drop path", "DINOv2's way"]
     rows = []
     for case in ordered(steps):
         found, (name, batch) = steps[case], case.split(":")
@@ -79,7 +83,7 @@ def steps_table(steps: dict[str, Any], final: str) -> str:
             for key in ("timm's drop path 0.5", "DINOv2's subset 0.5"):
                 row.append(f"{found[key]['ratio']:.3f}" if key in found else "has none")
         rows.append(tuple(row))
-    return table(header, rows)
+    return table(tuple(header), rows)
 
 
 def summary(steps: dict[str, Any]) -> str:
@@ -145,7 +149,7 @@ def break_even_table(found: dict[str, Any]) -> str:
     for name, entries in found.items():
         stages: dict[str, list[str]] = {}
         for key, entry in entries.items():
-            stage, _, rate = key.rpartition(" ")
+            stage = key.rpartition(" ")[0]
             stages.setdefault(stage, []).append(f"{entry['ratio']:.3f} ({entry['ideal']:.3f})")
         rows += [(NAMES[name], stage, *cells) for stage, cells in stages.items()]
     rates = [key.rpartition(" ")[2] for key in next(iter(found.values()))]
