@@ -175,12 +175,7 @@ class _AddRows(torch.autograd.Function):
         (gradient,) = gradients
         axis, branch = ctx.axis, None
         if ctx.needs_input_grad[1]:
-            slices = list(_slices(ctx.window, gradient, axis))
-            parts = [gradient.narrow(axis, first, size) for first, size, _ in slices]
-            if len(parts) == 1:
-                branch = parts[0] * ctx.scale
-            else:
-                branch = torch.cat(parts, axis).mul_(ctx.scale)
+            branch = _scaled_window(gradient, ctx.window, ctx.scale, axis)
             if not ctx.last:
                 branch.narrow(axis, ctx.window[1] - 1, 1).zero_()
         return gradient, branch, None, None, None, None
@@ -217,6 +212,24 @@ def _add_window(
     for first, size, _ in _slices(((start + count) % batch, batch - count), whole, axis):
         total.narrow(axis, first, size).copy_(whole.narrow(axis, first, size))
     return total
+
+
+def _scaled_window(x: Tensor, window: tuple[int, int], scale: float, axis: int) -> Tensor:
+    """Return scale times the rows of a window, written once."""
+    slices = list(_slices(window, x, axis))
+    if len(slices) == 1 or torch.is_grad_enabled():
+        return take_rows(x, Rows(window=window), axis) * scale
+    shape = list(x.shape)
+    shape[axis] = window[1]
+    _, moved = _dense(x, axis)
+    form = torch.contiguous_format
+    if moved:
+        form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    scaled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    for first, size, offset in slices:
+        part = x.narrow(axis, first, size)
+        torch.mul(part, scale, out=scaled.narrow(axis, offset, size))
+    return scaled
 
 
 def _dense(x: Tensor, axis: int) -> tuple[Tensor, bool]:
