@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import drop_compile
 from benchmarks.drop_checks import COLUMNS, METHODS, Bench, attentive_cells, networks
 from benchmarks.drop_speed import measure, races
 
@@ -34,6 +35,12 @@ CHECKS = """\
 - **retune**: with rates set to 0 a training step is the plain network's bit for bit, and with the
   rates set back it is not.
 - **revert**: the removal gives the plain network's code, modules and outputs.
+"""
+
+
+COMPILED = """\
+A training step of each layer under `torch.compile(fullgraph=True)`, at four rates in turn: one
+graph for the first rate, one for every other.
 """
 
 
@@ -57,6 +64,15 @@ def tables(only: str | None) -> list[str]:
         lines.append(row(["Attentive CutMix", *attentive_cells(model, x, tap)]))
         lines += ["", f"{bench.together(METHODS)}."]
         print(lines[-1], f"{time.process_time() - start:.0f} s", flush=True)
+    return lines
+
+
+def compiler() -> list[str]:
+    """Compile every layer with inductor."""
+    columns = drop_compile.COLUMNS
+    lines = [row(list(columns)), row(["---"] * len(columns))]
+    lines += [row(list(cells)) for cells in drop_compile.rows()]
+    print("\n".join(lines), flush=True)
     return lines
 
 
@@ -86,6 +102,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     checked = [] if options.no_tables else tables(options.only)
+    compiled = [] if options.no_tables else compiler()
     timed = speed(options.repeat)
     about = (
         f"torch {torch.__version__}, Python {platform.python_version()}, one thread, processor "
@@ -93,7 +110,8 @@ def main() -> None:
     )
     parts = [
         "# The drop family", "", "`python -m benchmarks.drops --markdown docs/drops.md`", "",
-        "## In five networks", "", CHECKS, *checked, "", "## Speed", "", *timed, "", about,
+        "## In five networks", "", CHECKS, *checked, "", "## Under inductor", "", COMPILED,
+        *compiled, "", "## Speed", "", *timed, "", about,
     ]  # fmt: skip
     if options.markdown:
         options.markdown.write_text("\n".join(parts) + "\n", encoding="utf-8")

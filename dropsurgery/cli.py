@@ -21,6 +21,7 @@ import dropsurgery as ds
 from dropsurgery import inspection, skeleton
 from dropsurgery.cli_options import (
     Batch,
+    Count,
     Depths,
     Directory,
     Every,
@@ -32,6 +33,7 @@ from dropsurgery.cli_options import (
     ModelArgs,
     ModeName,
     RuleName,
+    Single,
     Surgery,
     UnitName,
     Weights,
@@ -40,6 +42,7 @@ from dropsurgery.cli_options import (
     insertion,
     keyword_arguments,
     read_inputs,
+    survival_rule,
 )
 from dropsurgery.compute import Compute
 from dropsurgery.errors import DropsurgeryError
@@ -93,8 +96,10 @@ def inspect(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
+    single: Single = False,
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
     mode: ModeName = "row",
     batch: Batch = None,
@@ -110,11 +115,13 @@ def inspect(
 
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include, mode)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
     with _working(f"inspecting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        found = inspection.inspect(model, loaded.module, chosen)
+        examples = example_inputs(loaded, input_shapes) if input_shapes else None
+        found = inspection.inspect(model, loaded.module, chosen, examples)
         cost = None
         if batch is not None:
             inputs = example_inputs(loaded, input_shapes, batch)
@@ -145,9 +152,11 @@ def retrofit(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
+    single: Single = False,
     mode: ModeName = "row",
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
     batch: Batch = None,
     input_shapes: Inputs = None,
@@ -160,12 +169,16 @@ def retrofit(
 
     Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include, mode)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count, mode)
     with _working(f"retrofitting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        inputs = None if batch is None else example_inputs(loaded, input_shapes, batch)
-        result = ds.apply(loaded.module, chosen)
-        cost = None if inputs is None else ds.expected_compute(result.module, inputs)
+        examples = example_inputs(loaded, input_shapes) if input_shapes else None
+        result = ds.apply(loaded.module, chosen, example_inputs=examples)
+        cost = None
+        if batch is not None:
+            inputs = example_inputs(loaded, input_shapes, batch)
+            cost = ds.expected_compute(result.module, inputs)
         ds.save(result.module, output)
     return _tell(result, output, model, every, as_json, cost)
 

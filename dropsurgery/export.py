@@ -32,7 +32,7 @@ from dropsurgery.onnx_writer import (
     check_draws,
     check_opset,
     check_target,
-    is_monte_carlo,
+    monte_carlo_places,
     name_nodes,
     name_values,
     refuse_random_nodes,
@@ -95,15 +95,16 @@ def export_onnx(
         keep_eval(model)
     args, outputs = _run_example(model, args, dynamic_batch)
     inputs = named_inputs(model, args)
+    places = monte_carlo_places(model)
     with _quiet():
         program = _capture(model, args, dynamic_batch)
-        draws = _refuse_randomness(program)
+        draws = _refuse_randomness(program, places)
         onnx_program = _translate(program, _axes(model, args, dynamic_batch, BATCH), opset)
     ir_model = onnx_program.model
     name_values(ir_model, list(inputs), list(named_outputs(outputs)))
     name_nodes(ir_model)
-    refuse_random_nodes(ir_model)
-    check_draws(ir_model, draws)
+    refuse_random_nodes(ir_model, places)
+    check_draws(ir_model, draws, places)
     check_opset(ir_model, opset)
     write_metadata(ir_model, model)
     save(ir_model, target)
@@ -333,7 +334,7 @@ def _captures_fixed(model: nn.Module, args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _refuse_randomness(program: torch.export.ExportedProgram) -> int:
+def _refuse_randomness(program: torch.export.ExportedProgram, places: frozenset[str]) -> int:
     """Refuse what is random or would be inexact; return how often Monte-Carlo dropout draws."""
     draws = 0
     for module in program.graph_module.modules():
@@ -351,7 +352,8 @@ def _refuse_randomness(program: torch.export.ExportedProgram) -> int:
             if torch.Tag.nondeterministic_seeded not in node.target.tags:
                 continue
             off = trains is False or given.get("dropout_p", given.get("p", 1)) == 0
-            if not off and is_monte_carlo(str(node.meta.get("nn_module_stack"))):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            if not off and stack and stack[-1][0] in places:
                 draws += 1
             elif not off:
                 raise ExportError(

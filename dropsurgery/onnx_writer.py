@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,8 @@ def name_nodes(ir_model: Any) -> None:
     taken: set[str] = set()
     for node in ir_model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        path = json.loads(scopes.replace("'", '"'))[:-1] if scopes else []
-        stem = f"{path[-1]}/{node.op_type}" if path and path[-1] else node.op_type
+        path = _path(node)
+        stem = f"{path}/{node.op_type}" if path else node.op_type
         name, count = stem, 1
         while name in taken:
             name, count = f"{stem}_{count}", count + 1
@@ -127,8 +126,13 @@ def name_nodes(ir_model: Any) -> None:
         node.name = name
 
 
-def refuse_random_nodes(ir_model: Any) -> None:
-    """Look once more at the result: functions and custom translations can bring randomness in."""
+def refuse_random_nodes(ir_model: Any, places: Collection[str] = ()) -> None:
+    """Look once more at the result: functions and custom translations can bring randomness in.
+
+    Args:
+        ir_model: the graph.
+        places: paths of the modules whose draws are meant (`monte_carlo_places`).
+    """
     import onnx
 
     for node in ir_model.graph.all_nodes():
@@ -137,7 +141,7 @@ def refuse_random_nodes(ir_model: Any) -> None:
         except onnx.defs.SchemaError:
             continue  # a custom operator: nothing is known of it
         random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
-        if random and _draws_at_run_time(node):
+        if random and _draws_at_run_time(node, places):
             continue
         # Dropout without its third input, training_mode, is the identity.
         if random and not (node.op_type == "Dropout" and len(node.inputs) < 3):
@@ -148,25 +152,45 @@ def refuse_random_nodes(ir_model: Any) -> None:
             )
 
 
-def is_monte_carlo(places: str) -> bool:
-    """Say whether the names of the modules that hold a node name Monte-Carlo dropout."""
-    return "dropsurgery.layers.monte_carlo." in places
+def monte_carlo_places(model: nn.Module) -> frozenset[str]:
+    """Return where Monte-Carlo dropout draws: its paths, and those of layers of torch around it.
+
+    The nodes of a layer that a graph calls whole all bear the path of that layer.
+    """
+    own = [p for p, m in model.named_modules() if _is_monte_carlo(type(m))]
+    around = [
+        path
+        for path, layer in model.named_modules()
+        if type(layer).__module__.startswith("torch.nn.")
+        and any(inner.startswith(f"{path}.") for inner in own)
+    ]
+    return frozenset({*own, *around})
 
 
-def _draws_at_run_time(node: Any) -> bool:
+def _is_monte_carlo(cls: type[nn.Module]) -> bool:
+    return cls.__module__ == "dropsurgery.layers.monte_carlo"
+
+
+def _draws_at_run_time(node: Any, places: Collection[str]) -> bool:
     """Say whether a node is a draw of Monte-Carlo dropout, in the form that stays random.
 
     A runtime's optimiser folds what depends on constants, and takes Dropout nodes out.
     """
-    places = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
     alike = node.op_type in ("RandomUniformLike", "RandomNormalLike")
     given = [value for value in node.inputs if value is not None and value.const_value is None]
-    return alike and is_monte_carlo(places) and bool(given)
+    return alike and _path(node) in places and bool(given)
 
 
-def check_draws(ir_model: Any, draws: int) -> None:
+def _path(node: Any) -> str:
+    """Return the path of the module that holds a node, as the exporter wrote it down."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    path = json.loads(scopes.replace("'", '"'))[:-1] if scopes else []
+    return path[-1] if path else ""
+
+
+def check_draws(ir_model: Any, draws: int, places: Collection[str]) -> None:
     """Refuse a graph that lost one of the draws of Monte-Carlo dropout: folded, or merged."""
-    found = sum(_draws_at_run_time(node) for node in ir_model.graph.all_nodes())
+    found = sum(_draws_at_run_time(node, places) for node in ir_model.graph.all_nodes())
     if found != draws:
         raise ExportError(
             f"the exported graph draws {found} times at run time, the network {draws} times",

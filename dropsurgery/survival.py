@@ -120,10 +120,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class PerStage:
-    """One survival probability a stage, from 1 in the first stage to `final` in the last."""
+    """One survival probability a stage, from 1 in the first stage to `final` in the last.
+
+    Attributes:
+        final: the last stage's.
+        depths: the number of blocks in each stage.
+        single: round the drop probabilities to float32; see `Linspace`.
+    """
 
     final: float
     depths: tuple[int, ...]
+    single: bool = False
     name: ClassVar[str] = "per_stage"
 
     def __post_init__(self) -> None:
@@ -143,8 +150,7 @@ class PerStage:
             )
         ends = itertools.accumulate(self.depths)
         stage = next(index for index, end in enumerate(ends) if l <= end)
-        share = stage / (len(self.depths) - 1) if len(self.depths) > 1 else 0.0
-        return 1.0 - share * (1.0 - self.final)
+        return Linspace(self.final, self.single)(stage + 1, len(self.depths))
 
 
 @dataclass(frozen=True)
@@ -194,14 +200,15 @@ def constant(p: float) -> Constant:
     return Constant(p)
 
 
-def per_stage(final: float, depths: tuple[int, ...]) -> PerStage:
+def per_stage(final: float, depths: tuple[int, ...], *, single: bool = False) -> PerStage:
     """Return the rule that gives each stage one survival: 1 in the first, `final` in the last.
 
     Args:
         final: the last stage's survival probability, in [0, 1].
         depths: the number of blocks in each stage, in order.
+        single: drop probabilities in float32, as `torch.linspace` returns them; see `Linspace`.
     """
-    return PerStage(final, tuple(depths))
+    return PerStage(final, tuple(depths), single)
 
 
 def table(values: tuple[float, ...]) -> Table:

@@ -10,13 +10,29 @@ from torch.nn.utils import parametrizations
 import dropsurgery as ds
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
 from dropsurgery.graph.drops import is_drop
-from tests.drop_helpers import assert_mean, assert_variance, seeded
+from tests.drop_helpers import LAYERS, assert_mean, assert_variance, seeded
 from tests.test_insert_dropout import check_reverts
 
 
 def inserted(module: nn.Module) -> dict[str, nn.Module]:
     """Return the drop layers by path."""
     return {path: layer for path, layer in module.named_modules() if is_drop(layer)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_a_network_holds_itself(name: str) -> None:
+    build, shape = LAYERS[name]
+    model = nn.Sequential(nn.Tanh(), build(0.4)).eval()
+    traced = ds.trace(model)
+    x = torch.rand(shape)
+    assert torch.equal(traced(x), model(x))
+    torch.manual_seed(0)
+    expected = model.train()(x)
+    torch.manual_seed(0)
+    assert torch.equal(traced.train()(x), expected)
+    slim = ds.slim(model)
+    assert len(list(slim.children())) == (2 if name == "ClassicDropout" else 1)
+    torch.testing.assert_close(slim(x), model.eval()(x))
 
 
 # DropBlock

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropsurgery as ds
+from benchmarks import find_drops as find_drops_benchmark
 from dropsurgery.errors import ArgumentTypeError
 from dropsurgery.graph.inventory import Drop, drops_of
 from tests.test_dropout import Everything
@@ -100,6 +101,20 @@ def test_raw_draws_in_modules_that_stay_whole() -> None:
     ]
 
 
+def test_attention_in_code_draws_where_it_is_given_a_rate() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=None)
+
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, None, 0.1)
+
+    model = nn.Sequential(Plain(), Dropping())
+    drops = ds.find_drops(ds.trace(model, leaf_modules=(Plain, Dropping)))
+    assert [drop.path for drop in drops] == ["1"]
+
+
 def test_pythons_own_generators_are_fixed_by_tracing() -> None:
     class Skips(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -168,3 +183,32 @@ def test_nothing_is_changed_or_drawn() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ArgumentTypeError, match="got str"):
         ds.find_drops("resnet18")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:efficientnet_b0", "torchvision:swin_t", "timm:resnet18"]
+)
+def test_nothing_random_is_left_after_identity_and_all_comes_back(name: str) -> None:
+    found = find_drops_benchmark.examine(name, passes=3)
+    assert found.ok, found
+
+
+def test_a_draw_that_is_no_dropout_is_listed_and_the_comparison_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(3, 3, 1), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.drop(self.conv(x))
+            return y + torch.randn_like(y) if self.training else y
+
+    monkeypatch.setattr(
+        find_drops_benchmark, "build", lambda name: (Noisy(), torch.ones(2, 3, 4, 4))
+    )
+    found = find_drops_benchmark.examine("noisy", passes=3)
+    assert dict(found.forms) == {"dropout": 1, "raw draw": 1}
+    assert found.random_before
+    assert not found.identical

@@ -45,6 +45,7 @@ def monte_carlo(**options: Any) -> nn.Module:
 
 
 def session(path: Path) -> Any:
+    onnxruntime.set_seed(mc_onnx.SEED)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = 1
@@ -160,6 +161,43 @@ def test_a_session_draws_as_torch_does(noise: Any, tmp_path: Path) -> None:
         draws = mc_onnx.draws_of(run, SMALL, 1500)
     assert mc_onnx.compare(reference, draws).ok
     assert not torch.equal(run(SMALL), run(SMALL))
+
+
+class Attends(nn.Module):
+    """Attention as a function, as a layer, and inside a transformer layer that stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x)
+        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.3 if self.training else 0.0)
+        x = self.attention(x, x, x)[0]
+        return self.head(self.encoder(x).mean(1))
+
+
+def test_attention_draws_in_a_session_as_in_torch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = ds.apply(Attends().eval(), ds.ConvertDropout("monte-carlo")).module
+    x = torch.randn(2, 5, 4)
+    path = ds.export_onnx(net, tmp_path / "net.onnx", x)
+    assert [n.op_type for n in onnx.load(path).graph.node].count("RandomUniformLike") == 7
+    with torch.no_grad():
+        reference = mc_onnx.draws_of(net, x, 1500)
+        draws = mc_onnx.draws_of(mc_onnx.session(path), x, 1500)
+    assert mc_onnx.compare(reference, draws).ok
+    # In training mode torch's own layers draw the same distribution.
+    with torch.no_grad():
+        own = mc_onnx.draws_of(net_of(net).train(), x, 1500)
+    assert mc_onnx.compare(reference, own).ok
+
+
+def net_of(net: Any) -> nn.Module:
+    return ds.apply(net, ds.ConvertDropout("original")).module
 
 
 @pytest.mark.parametrize("fault", ["frozen", "dropout nodes", "one dropout less"])

@@ -163,6 +163,81 @@ def test_gates_and_terms_inside_attention_are_none() -> None:
     assert term.skipped[0].reason.startswith("inside attention")
 
 
+def test_queries_added_to_what_they_attend_to_are_inside_attention() -> None:
+    def attend(n: Net, x: Tensor) -> Tensor:
+        query, key = F.normalize(n.a(x), dim=1), F.normalize(n.b(x), dim=1)
+        weights = (query * n.scale).sum(1, keepdim=True).softmax(-1)
+        return x + n.c(n.project(weights * key) + query).relu()
+
+    found = ds.find_residuals(Net(attend))
+    assert [site.skip for site in found.sites] == ["x"]
+    assert reasons(found, "inside attention: 'normalize' is the queries")
+
+    def memory(n: Net, x: Tensor) -> Tensor:  # the same with x itself as queries is a block
+        return n.project(F.relu(n.a(x)) * n.scale) + x
+
+    assert len(ds.find_residuals(Net(memory)).sites) == 1
+
+
+def test_residuals_in_a_gate_are_told_and_make_nothing_nested() -> None:
+    def inner(n: Net, x: Tensor) -> Tensor:
+        return x + F.relu(n.b(x))
+
+    def gated(n: Net, x: Tensor) -> Tensor:
+        y = F.relu(n.a(x))
+        return x + n.norm(y * F.interpolate(inner(n, n.pool(y)), size=y.shape[2:]))
+
+    found = ds.find_residuals(Net(gated))
+    assert [(site.kind, site.skip) for site in found.sites] == [("identity", "x")]
+    assert reasons(found, "in a gate: the sum only scales other values")
+
+    def on_the_branch(n: Net, x: Tensor) -> Tensor:  # what is scaled itself is no gate
+        return x + n.norm(inner(n, F.relu(n.a(x))) * torch.sigmoid(n.c(n.pool(x))))
+
+    found = ds.find_residuals(Net(on_the_branch))
+    assert len(found.sites) == 1
+    assert reasons(found, "nested: the branch holds residual blocks")
+
+
+@pytest.mark.parametrize(
+    "number", [torch.sum, torch.mean, lambda x: x.amax(), lambda x: 0.5 * x.norm(), torch.max]
+)
+def test_a_branch_that_is_one_number_is_none(number: Callable[[Tensor], Tensor]) -> None:
+    found = ds.find_residuals(Net(lambda n, x: x + number(F.relu(n.a(x)))))
+    assert not found.sites
+    assert reasons(found, "is one number, reduced over all axes")
+    pooled = ds.find_residuals(Net(lambda n, x: x + F.relu(n.a(x)).sum((2, 3), keepdim=True)))
+    assert len(pooled.sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "axis"),
+    [
+        (lambda n, x: x + F.relu(n.a(x)), 0),
+        (lambda n, x: n.a(x).permute(1, 0, 2, 3) + F.relu(n.a(x)).permute(1, 0, 2, 3), 1),
+        (lambda n, x: rows(n.a(x)) + F.relu(rows(n.a(x))), None),
+        (lambda n, x: n.a(x) + F.relu(n.a(x)).mean(0), None),
+        (lambda n, x: x + torch.special.expit(n.a(x)), 0),
+    ],
+)
+def test_the_batch_axis_of_a_branch(
+    body: Callable[[Net, Tensor], Tensor], axis: int | None
+) -> None:
+    def shared(n: Net, x: Tensor) -> Tensor:
+        return body(n, x)
+
+    (site,) = ds.find_residuals(Net(shared)).sites
+    assert site.batch_axis == axis
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, 4)
+
+
+def reasons(found: ds.Residuals, text: str) -> list[str]:
+    return [skip.reason for skip in found.skipped if text in skip.reason]
+
+
 def test_parallel_branches_are_two_sites_of_one_stream() -> None:
     found = ds.find_residuals(Net(lambda n, x: x + F.relu(n.a(x)) + F.gelu(n.b(x))))
     assert [(s.branch, s.skip, s.fork) for s in found.sites] == [

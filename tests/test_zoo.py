@@ -202,6 +202,7 @@ def test_where_patterns_match_all_that_is_wanted_and_nothing_else() -> None:
     found = where_pattern(stages, ["stages.0.conv", "stages.0.more.blocks.conv"])
     assert found == ("stages.[0-9]*.blocks.[0-9]*",)
     assert where_pattern(["a.0"], ["a.0"]) is None
+    assert where_pattern(["s.3.0", "s.3.4", "s.0.1"], ["s.3.5"]) == ("s.3.[0-4]", "s.0.1")
     assert where_pattern(["a.0", "b.1", "c.2", "d.3"], ["a.1", "b.0", "c.0", "d.0"]) is None
 
 
@@ -231,11 +232,22 @@ def test_training_outputs_are_compared_bit_by_bit() -> None:
     checks.oracle(ds.trace(plain.eval()), native_drops(ds.trace(native.eval())), row)
     state = {key: value.clone() for key, value in native.state_dict().items()}
     x = torch.randn(16, 4)
-    same = checks._same_training(native, plain, state, x, row["oracle"])
+    same = checks._same_training(native, plain, state, x, row["oracle"], None)
     assert same["identical"]
     assert same["by"]["rule"] == "linspace"
     wrong = {**row["oracle"], "rules": [], "rates": [0.0, 0.15, 0.4]}
-    assert not checks._same_training(native, plain, state, x, wrong)["identical"]
+    assert not checks._same_training(native, plain, state, x, wrong, None)["identical"]
+
+
+def test_a_model_whose_structure_changed_is_run_again() -> None:
+    entry = Entry("timm", "resnet", "resnet10t")
+    row: dict = {"traced": True, "sites": {"identity": 2}, "oracle": {"rates": [0.1], "native": 1}}
+    kept = {entry.label: {**row, "run": {"keys": True}}}
+    assert sweep._as_was(row, kept, entry)
+    assert not sweep._as_was({**row, "oracle": {"rates": [0.2]}}, kept, entry)
+    assert not sweep._as_was({**row, "sites": {"identity": 3}}, kept, entry)
+    assert not sweep._as_was(row, {entry.label: row}, entry)
+    assert not sweep._as_was(row, {}, entry)
 
 
 SMOKE = (

@@ -22,6 +22,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=sweep.ROOT / "build" / "zoo")
     parser.add_argument("--output", type=Path, default=sweep.ROOT / "docs", metavar="FOLDER")
     parser.add_argument(
+        "--keep", type=Path, metavar="FILE",
+        help="an earlier zoo.json: run only the models whose sites, rates or option changed since",
+    )  # fmt: skip
+    parser.add_argument(
         "--choose", action="store_true", help="choose the smallest models of each family anew"
     )
     options = parser.parse_args()
@@ -31,12 +35,17 @@ def main() -> None:
     if not chosen:
         parser.error(f"no model matches {options.only!r}")
     cache = options.cache / ("structure" if options.structure_only else "full")
+    kept = None
+    if options.keep is not None and not options.structure_only:
+        models = json.loads(options.keep.read_text())["models"]
+        kept = {f"{row['source']}:{row['name']}": row for row in models}
     rows = sweep.run(
         chosen,
         cache,
         structure_only=options.structure_only,
         timeout=options.timeout,
         fresh=options.fresh,
+        kept=kept,
     )
     whole = options.only is None and not options.structure_only
     if whole:

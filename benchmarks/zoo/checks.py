@@ -213,6 +213,7 @@ def insert(
         unit=unit,  # type: ignore[arg-type]
         where=tuple(option["where"]) if "where" in option else None,
         include=tuple(option.get("include", ())),
+        count="chosen" if "where" in option else "all",
     )
 
 
@@ -246,6 +247,8 @@ def _rules(
 # Most timm families take their rates from torch.linspace, in float32; the last bit of an output
 # shows which of the two it was.
 SINGLE = "linspace, single"
+STAGE_SINGLE = "per_stage, single"
+ROUNDED = {"linspace": SINGLE, "per_stage": STAGE_SINGLE}
 RULES = ("linspace", "efficientnet", "constant", "linear", "per_stage")
 
 
@@ -253,6 +256,8 @@ def make_rule(name: str, final: float, depths: tuple[int, ...] = ()) -> ds.survi
     """Return a rule of dropsurgery by name."""
     if name == "per_stage":
         return ds.survival.per_stage(final, depths)
+    if name == STAGE_SINGLE:
+        return ds.survival.per_stage(final, depths, single=True)
     if name == SINGLE:
         return ds.survival.linspace(final, single=True)
     return ds.survival.by_name(name, final)
@@ -412,7 +417,7 @@ def _same_training(
     expected = _seeded(native.train(), x)
     best: Row = {}
     choices = oracle["rules"][:TRIED]
-    rounded = [{**rule, "rule": SINGLE} for rule in choices if rule["rule"] == "linspace"]
+    rounded = [{**c, "rule": ROUNDED[c["rule"]]} for c in choices if c["rule"] in ROUNDED]
     for choice in (*choices, *rounded, {"rule": "table", "unit": "add"}):
         if choice["rule"] == "table":
             net = _by_table(plain, oracle, option, examples)

@@ -255,8 +255,9 @@ def where_pattern(
     return None if rest or not chosen else tuple(chosen)
 
 
-def _looseness(pattern: str) -> tuple[bool, int, int, str]:
-    return pattern.startswith("*"), pattern.count("*"), len(pattern), pattern
+def _looseness(pattern: str) -> tuple[bool, bool, int, int, str]:
+    counted = re.search(r"\[0-\d\](?!\*)", pattern) is not None
+    return pattern.startswith("*"), counted, pattern.count("*"), len(pattern), pattern
 
 
 def _patterns(path: str) -> Iterator[str]:
@@ -268,6 +269,11 @@ def _patterns(path: str) -> Iterator[str]:
         for cut in range(1, len(forms)):
             yield ".".join(forms[:cut]) + ".*"
             yield "*." + ".".join(forms[cut:])
+    for place, part in enumerate(parts):
+        if len(part) == 1 and part.isdigit():
+            head = ".".join([*parts[:place], f"[0-{part}]"])
+            yield head
+            yield f"{head}.*"
 
 
 def fits(

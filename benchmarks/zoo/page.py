@@ -51,7 +51,9 @@ call of the module whose forward holds it and its turn within that call.
 - **found**: no native site is missed. **exact**: found, and no other site, but where the native
   rates start at 0: sites behind a drop-path attribute at rate 0 that run before the last native
   drop; in networks that leave the attribute out at rate 0, the first block.
-- **option**: what makes it exact where the default does not: one `include=`, or one `where=`.
+- **option**: what makes it exact where the default does not: one `include=`; one `where=` (the
+  rule then counts the chosen sites, `count="chosen"`); or `example_inputs=`, which open blocks
+  whose forward branches on sizes.
 - **rule**: rule and `unit` that give all native rates within 1e-6.
 - **train**: native weights copied over, both networks in training mode under one seed: "=" where
   the outputs are bit-identical with that rule ("linspace, single" is
@@ -72,7 +74,7 @@ def write(rows: Sequence[Row], versions: dict[str, str], shown: Sequence[str] = 
     by_label = {_label(row): row for row in rows}
     parts = [
         "# The model zoo",
-        f"Written {today} with {made}.",
+        f"Written {today} with {made}.{_kept_runs(rows)}",
         INTRODUCTION,
         "## Summary",
         _table(("", "asked", "measured"), _summary(rows)),
@@ -92,6 +94,18 @@ def write(rows: Sequence[Row], versions: dict[str, str], shown: Sequence[str] = 
     for source in ("timm", "torchvision"):
         parts += [f"## All {source} models", _table(HEADER, _all(rows, source))]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _kept_runs(rows: Sequence[Row]) -> str:
+    """Say how many models were not run again."""
+    kept, ran = sum(bool(row.get("kept")) for row in rows), sum("run" in row for row in rows)
+    if not kept:
+        return ""
+    return (
+        f" Structure was read anew from all models. {ran - kept} networks were run anew; the other "
+        f"{kept}, whose sites, rates and options are what they were, keep what an earlier sweep "
+        "measured when it ran them."
+    )
 
 
 # --- summary -------------------------------------------------------------------------------------
@@ -137,6 +151,24 @@ def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
          _share(sum(_same_by_rule(row) for row in run), len(run))),
         ("… by a rule or by the table of native rates", "",
          _share(sum(row["run"]["train"]["identical"] for row in run), len(run))),
+        *_batch(rows),
+    ]  # fmt: skip
+
+
+def _batch(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Return how claims about the batch axis compare with what two batch sizes show."""
+    total: Counter[str] = Counter()
+    told = [row["run"]["batch"] for row in rows if row.get("run", {}).get("batch")]
+    for counts in told:
+        total.update(counts)
+    held = total["agree"] + total["contradict"]
+    if not held:
+        return []
+    return [
+        (f"operands of sites, {len(told)} networks: batch axis proved, and checked at two batch "
+         "sizes", "no contradiction", f"{total['agree']} of {held} agree"),
+        ("… batch axis not proved without example inputs", "",
+         _share(total["open"], total["open"] + held + total["unchecked"])),
     ]  # fmt: skip
 
 
@@ -281,6 +313,8 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _option(option: Row) -> str:
+    if "example_inputs" in option:
+        return f"`example_inputs` of {tuple(option['example_inputs'])}"
     if "include" in option:
         return f"`include={tuple(option['include'])}`"
     if "where" in option:

@@ -26,6 +26,10 @@ _PASSED_BY_SKIP = frozenset(
      Kind.SPLIT}
 )  # fmt: skip
 _VIEWS = frozenset({Kind.ALIAS, Kind.SLICE, Kind.SPLIT})
+_UNARY = frozenset({Kind.ALIAS, Kind.DROP, Kind.SLICE})
+_REDUCTIONS = frozenset(
+    {"sum", "mean", "prod", "amax", "amin", "max", "min", "norm", "var", "std", "median"}
+)
 _SAME_VALUES = frozenset({Kind.ALIAS, Kind.DROP})
 _AFFINE = frozenset(
     {Kind.ALIAS, Kind.DROP, Kind.SLICE, Kind.ITEM, Kind.LINEAR, Kind.ADD, Kind.SUB, Kind.CONCAT,
@@ -210,6 +214,79 @@ class Flow:
         while self.kind(node) in _SAME_VALUES and len(self.data(node)) == 1:
             node = self.data(node)[0]
             yield node
+
+    def is_number(self, node: fx.Node) -> bool:
+        """Say whether a value is one number, reduced over all axes: no branch, and no skip."""
+        last = list(self.tail(node))[-1]
+        name = getattr(last.target, "__name__", str(last.target))
+        called = last.op in ("call_function", "call_method") and name in _REDUCTIONS
+        return called and len(last.args) == 1 and not last.kwargs.keys() & {"dim", "axis", "other"}
+
+    def gated(self) -> set[fx.Node]:
+        """Return the nodes that are only part of a gate g in some product x · g(x).
+
+        Each gate is explored as far back as what it alone reads.
+        """
+        inside: set[fx.Node] = set()
+        for node in self.nodes:
+            if not self._scales(node):
+                continue
+            for gate in self.data(node):
+                scaled = {view for v in self.data(node) if v is not gate for view in self._views(v)}
+                own, read = self._own(gate, node, scaled)
+                if own and read and read <= scaled:
+                    inside |= own
+        return inside
+
+    def _scales(self, node: fx.Node) -> bool:
+        """Say whether a node multiplies two values, element by element."""
+        product = self.kind(node) is Kind.PRODUCT and self.elementwise(node)
+        return product and len(self.data(node)) > 1
+
+    def _own(
+        self, gate: fx.Node, product: fx.Node, scaled: set[fx.Node]
+    ) -> tuple[set[fx.Node], set[fx.Node]]:
+        """Return the nodes that go into `gate` alone, and what these read of other values."""
+        own: set[fx.Node] = set()
+        read: set[fx.Node] = set()
+        heap, seen = [-self.index[gate]], {gate}
+        while heap:
+            node = self.nodes[-heapq.heappop(heap)]
+            users = (user for user in node.users if self.roles[user] is Role.DATA)
+            if node in scaled or not all(user in own or user is product for user in users):
+                read.add(node)
+                continue
+            own.add(node)
+            for value in self.data(node):
+                if value not in seen:
+                    seen.add(value)
+                    heapq.heappush(heap, -self.index[value])
+        return own, read
+
+    def is_sibling_product(self, fork: Fork) -> bool:
+        """Say whether a branch is a function of the fork times a sibling of it, both projected.
+
+        So is attention that adds its queries to what they picked of the keys.
+        """
+        last = fork.branch
+        while len(self.data(last)) == 1 and self.kind(last) in _UNARY | {Kind.LINEAR}:
+            last = self.data(last)[0]
+        if not self._scales(last):
+            return False
+        region = set(fork.region)
+        others = [v for v in self.data(last) if v not in region and v is not fork.node]
+        sources = self._projected(fork.node)
+        return any(not sources.isdisjoint(self._projected(other)) for other in others)
+
+    def _projected(self, node: fx.Node) -> set[fx.Node]:
+        """Return the values of which a node is a function of one linear map of them, if it is."""
+        before = self.data(node)
+        while len(before) == 1 and self.kind(node) is not Kind.LINEAR:
+            if self.kind(node) not in _UNARY | {Kind.NONLINEAR, Kind.NORM}:
+                return set()
+            node = before[0]
+            before = self.data(node)
+        return set(before) if self.kind(node) is Kind.LINEAR else set()
 
     def is_attention_product(self, branch: fx.Node) -> bool:
         """Say whether a branch is weights times values, not yet projected: inside attention."""

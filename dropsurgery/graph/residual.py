@@ -164,6 +164,7 @@ class _Analysis:
         self.graph = graph
         self.include = include
         self.flow = Flow(module, graph)
+        self.gated = self.flow.gated()
         # Adds around which a longer skip is nested; linear ones are no blocks.
         self.blocks: set[fx.Node] = set()
 
@@ -201,6 +202,9 @@ class _Analysis:
             what = f"the constant '{others[0].name}'" if others else "a number"
             return None, f"adds {what}, not a branch"
         left, right = operands[0], operands[1]
+        number = next((value for value in (left, right) if flow.is_number(value)), None)
+        if number is not None:
+            return None, f"'{number.name}' is one number, reduced over all axes"
         forks = [f for f in (flow.fork(left, right), flow.fork(right, left)) if f is not None]
         if not forks:
             return None, "neither operand is a skip: no common fork behind views and projections"
@@ -214,6 +218,10 @@ class _Analysis:
             return None, f"gate: the branch is '{best.node.name}' times a function of it"
         if flow.is_attention_product(best.branch):
             return None, f"inside attention: '{best.branch.name}' is weights times values"
+        if flow.is_sibling_product(best):
+            return None, f"inside attention: '{best.node.name}' is the queries, and attends to keys"
+        if add in self.gated:
+            return None, "in a gate: the sum only scales other values"
         flow.streams[add] = best.skip
         inner = next((n.name for n in best.region if n in self.blocks), None)
         if inner is not None and "nested" not in self.include:

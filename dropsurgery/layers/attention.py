@@ -141,7 +141,7 @@ class GaussianMultiheadAttention(nn.MultiheadAttention):
             F.linear(x, weight, bias)
             for x, (weight, bias) in zip((query, key, value), self._projections(), strict=True)
         )
-        count = len(q)
+        count = q.shape[0]  # len() would fix the batch of an exported graph
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(count, 1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(count, 1, -1)], 1)
@@ -169,7 +169,7 @@ class GaussianMultiheadAttention(nn.MultiheadAttention):
         parts = []
         if attn_mask is not None:
             per_head = attn_mask.dim() == 3
-            parts.append(attn_mask.unflatten(0, (len(q), -1)) if per_head else attn_mask)
+            parts.append(attn_mask.unflatten(0, (q.shape[0], -1)) if per_head else attn_mask)
         if key_padding_mask is not None:
             parts.append(key_padding_mask[:, None, None, :])
         total: Tensor | None = None

@@ -13,7 +13,8 @@ class Dropout(nn.Dropout):
 
     Hinton et al., "Improving neural networks by preventing co-adaptation of feature detectors",
     2012, arXiv:1207.0580, scaled in training. In training every element is zero with probability
-    `p` and divided by 1 - p otherwise; in eval, and with p = 0, the input itself is returned.
+    `p` and divided by 1 - p otherwise; in eval, and with p = 0, the input itself is returned. On a
+    CPU and in compiled code the draws are not those that torch's layer makes from the same seed.
 
     Args:
         p: drop probability, in [0, 1).

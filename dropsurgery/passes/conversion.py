@@ -30,6 +30,7 @@ from dropsurgery.passes.edits import (
     Tags,
     map_arguments,
     put,
+    put_class,
     scaled,
     visit,
 )
@@ -89,11 +90,10 @@ class Recorder:
     def set(self, path: str, *, cls: type[nn.Module] | None = None, **values: Any) -> None:
         """Set attributes of the layer at `path`, and its class."""
         layer = self.module.get_submodule(path)
-        before = tuple((name, getattr(layer, name)) for name in values if hasattr(layer, name))
-        self.edits.append(SetAttributes(path, before, type(layer)))
-        if cls is not None:
-            # Same parameters and state-dict keys; only the forward is another.
-            layer.__class__ = cls
+        before = tuple((name, getattr(layer, name)) for name in values if name in layer.__dict__)
+        new = tuple(name for name in values if name not in layer.__dict__)
+        self.edits.append(SetAttributes(path, before, new, type(layer)))
+        put_class(self.module, path, cls or type(layer))
         for name, value in values.items():
             setattr(layer, name, value)
 

@@ -88,11 +88,13 @@ class SetAttributes:
     Attributes:
         path: the layer.
         values: name and value before.
+        new: names of those that it did not have.
         cls: its class before.
     """
 
     path: str
     values: tuple[tuple[str, Any], ...]
+    new: tuple[str, ...]
     cls: type[nn.Module]
 
     def needs(self) -> Iterator[tuple[int, int]]:
@@ -102,9 +104,11 @@ class SetAttributes:
     def undo(self, module: fx.GraphModule, tags: Tags) -> None:
         """Set what was."""
         layer = module.get_submodule(self.path)
-        layer.__class__ = self.cls
+        put_class(module, self.path, self.cls)
         for name, value in self.values:
             setattr(layer, name, value)
+        for name in self.new:
+            delattr(layer, name)
 
 
 @dataclass(frozen=True)
@@ -308,13 +312,28 @@ def put(module: fx.GraphModule, path: str, layer: nn.Module) -> None:
     """Set the layer at a path, and its class in the places of the nodes that call it."""
     prefix, _, name = path.rpartition(".")
     setattr(module.get_submodule(prefix), name, layer)
+    _restack(module, path, type(layer))
+
+
+def put_class(module: fx.GraphModule, path: str, cls: type[nn.Module]) -> None:
+    """Set the class of the layer at a path, and in the places of the nodes that call it.
+
+    Its parameters and state-dict keys stay; only the forward is another.
+    """
+    layer = module.get_submodule(path)
+    if type(layer) is not cls:
+        layer.__class__ = cls
+        _restack(module, path, cls)
+
+
+def _restack(module: fx.GraphModule, path: str, cls: type[nn.Module]) -> None:
     for graph in graphs(module):
         for node in graph.nodes:
             if node.op == "call_module" and node.target == path:
                 stack = node.meta.get("nn_module_stack") or {}
                 node.meta["nn_module_stack"] = {
-                    key: (where, type(layer) if where == path else cls)
-                    for key, (where, cls) in stack.items()
+                    key: (where, cls if where == path else other)
+                    for key, (where, other) in stack.items()
                 }
 
 

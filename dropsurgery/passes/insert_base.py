@@ -63,9 +63,9 @@ class Insertion(Pass):
     """A pass that puts a layer before or after chosen layers.
 
     Args:
-        before: kinds of layers whose input is dropped: a class name ("Linear", "Conv2d"), a group
-            ("activation", "conv", "norm", "pool", "add"), or a tuple of such. Functions count as
-            the class that does the same (`F.relu` as "ReLU").
+        before: kinds of layers whose input is dropped (the first, if there are several): a class
+            name ("Linear", "Conv2d"), a group ("activation", "conv", "norm", "pool", "add"), or a
+            tuple of such. Functions count as the class that does the same (`F.relu` as "ReLU").
         after: kinds of layers whose output is dropped.
         where: which of them: a pattern for the path (`"layer4.*"`, as in `fnmatch`), the name of a
             node, a tuple of such, or a callable that takes a `Spot`. Without `before` and `after`,

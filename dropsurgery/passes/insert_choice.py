@@ -61,9 +61,13 @@ _ACTIVATIONS = frozenset(
 ).difference(_NO_ACTIVATIONS)
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("conv", ("Conv",)),
-    ("norm", ("BatchNorm", "SyncBatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")),
+    (
+        "norm",
+        ("BatchNorm", "SyncBatchNorm", "FrozenBatchNorm", "LayerNorm", "GroupNorm",
+         "InstanceNorm", "RMSNorm"),
+    ),
     ("pool", ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")),
-)
+)  # fmt: skip
 # Layers that return several values, of which the first is what they compute.
 _SEVERAL = (nn.RNNBase, nn.MultiheadAttention)
 
