@@ -88,6 +88,21 @@ Include = Annotated[
         help="Count these as sites too: adds of a linear branch, long skips around blocks.",
     ),
 ]
+ModeName = Annotated[
+    Literal["row", "subset", "batch"],
+    typer.Option(
+        help="What dropping does: mask samples (no time saved), compute a branch for the surviving "
+        "samples only, or run it or not for a whole mini-batch."
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Count what each branch costs, and what --mode saves of it, at this batch size.",
+    ),
+]
 Every = Annotated[bool, typer.Option("--all", help="List each thing left alone, not by reason.")]
 Inputs = Annotated[
     list[str] | None,
@@ -157,8 +172,10 @@ def survival_rule(rule: str, final: float, depths: str | None, single: bool) -> 
     return survival.per_stage(final, tuple(map(int, depths.split(","))), single=single)
 
 
-def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch.Tensor, ...]:
-    """Draw one random sample for every shape; a model that knows its input needs no shapes."""
+def example_inputs(
+    loaded: LoadedModel, shapes: list[str] | None, batch: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """Draw random samples for every shape; a model that knows its input needs no shapes."""
     if shapes:
         wanted = [_shape(text) for text in shapes]
     elif loaded.input_shape is not None:
@@ -168,7 +185,7 @@ def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch
             f"the shape of the input of {loaded.name} is not known", fix="--input 3x224x224"
         )
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, *shape, generator=generator) for shape in wanted)
+    return tuple(torch.randn(batch, *shape, generator=generator) for shape in wanted)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -700,3 +700,17 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.returncode == 0
+
+
+def test_what_dropping_saves_is_told(run: Cli) -> None:
+    shared = ("net.py:Net", "--mode", "subset", "--batch", "16", "--input", "3x8x8")
+    done = run("inspect", *shared, "--final-survival", "0.5", "--json")
+    found = done.document["compute"]
+    assert found["batch"] == 16
+    assert [site["run"] for site in found["sites"]] == [0.75, 0.5]
+    assert 0.6 < found["expected"] / found["total"] < 0.75
+    text = run("retrofit", *shared, "-o", "surgery").out
+    assert "2 branches, batch 16" in text
+    assert "% saved)" in text
+    assert Path("surgery/surgery.json").exists()
+    assert "the shape of the input of net.py:Net is not known" in run("inspect", *shared[:5]).err
