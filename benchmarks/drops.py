@@ -96,7 +96,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=31, help="timed rounds of each comparison")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
     parser.add_argument("--only", help="one network")
-    parser.add_argument("--no-tables", action="store_true", help="only the speed")
+    parser.add_argument(
+        "--no-tables", action="store_true", help="only the speed; keeps the rest of the page"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -104,17 +106,19 @@ def main() -> None:
     checked = [] if options.no_tables else tables(options.only)
     compiled = [] if options.no_tables else compiler()
     timed = speed(options.repeat)
+    start = ["# The drop family", "", "`python -m benchmarks.drops --markdown docs/drops.md`", ""]
+    start += ["## In five networks", "", CHECKS, *checked, "", "## Under inductor", "", COMPILED]
+    head = "\n".join([*start, *compiled, "", ""])
+    if options.no_tables and options.markdown and options.markdown.exists():
+        head = options.markdown.read_text(encoding="utf-8").partition("## Speed")[0]
     about = (
         f"torch {torch.__version__}, Python {platform.python_version()}, one thread, processor "
-        f"time of forward and backward, {options.repeat} rounds."
+        f"time of forward and backward, medians of {options.repeat} interleaved rounds. Where 1 lies "
+        "within the quartiles, both make the same passes over the map."
     )
-    parts = [
-        "# The drop family", "", "`python -m benchmarks.drops --markdown docs/drops.md`", "",
-        "## In five networks", "", CHECKS, *checked, "", "## Under inductor", "", COMPILED,
-        *compiled, "", "## Speed", "", *timed, "", about,
-    ]  # fmt: skip
+    page = "\n".join(["## Speed", "", *timed, "", about])
     if options.markdown:
-        options.markdown.write_text("\n".join(parts) + "\n", encoding="utf-8")
+        options.markdown.write_text(f"{head}{page}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
