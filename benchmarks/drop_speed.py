@@ -122,8 +122,8 @@ def blocks() -> list[Race]:
             (32, 3, 224, 224),
             lambda x: attentive(x, labels, 10).images,
             {"torchvision": lambda x: cutmix(x, labels)[0]},
-            "no public one; forward alone, without the network's, beside which it is nothing; CutMix "
-            "pastes one box, the same in all images, and reads none of them to choose it",
+            "no public one; forward alone, without the network's, beside which it is nothing; "
+            "CutMix pastes one box, the same in all images, and reads none of them to choose it",
             is_input=True,
         ),
     ]

@@ -113,8 +113,8 @@ def main() -> None:
         head = options.markdown.read_text(encoding="utf-8").partition("## Speed")[0]
     about = (
         f"torch {torch.__version__}, Python {platform.python_version()}, one thread, processor "
-        f"time of forward and backward, medians of {options.repeat} interleaved rounds. Where 1 lies "
-        "within the quartiles, both make the same passes over the map."
+        f"time of forward and backward, medians of {options.repeat} interleaved rounds. Where 1 "
+        "lies within the quartiles, both make the same passes over the map."
     )
     page = "\n".join(["## Speed", "", *timed, "", about])
     if options.markdown:
