@@ -29,7 +29,8 @@ CHECKS = """\
   share of dropped units and mean (DropBlock, DropPath), kept channels and the sum of their scores
   (Weighted Channel Dropout, exact), mean area (Cutout); in brackets the largest distance from
   theory in standard errors, of which 4 are allowed.
-- **compile**: a training step of the whole network under `torch.compile(fullgraph=True)`.
+- **compile**: `torch.compile(fullgraph=True)` captures a training step of the whole network as one
+  graph, without a break (inductor's code for each layer has its own table).
 - **export**: `torch.export` of the eval form has the plain network's operations, in their order;
   below each table, the same for ONNX with all methods in the network at once.
 - **retune**: with rates set to 0 a training step is the plain network's bit for bit, and with the
