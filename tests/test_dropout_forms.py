@@ -288,6 +288,13 @@ def test_parameters_survive_json() -> None:
     assert ConvertDropout.from_json({"to": "gaussian", "always_on": True}).where is None
 
 
+def test_a_callable_that_changed_nothing_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    item = ds.ConvertDropout("classic", where=lambda drop: drop.rate == 0.5)
+    net = ds.apply(model, item).module
+    assert ds.load(ds.save(net, tmp_path), model).code == net.code
+
+
 def test_other_surgery_in_between() -> None:
     model = torchvision.models.resnet18().eval()
     model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)
