@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -19,6 +20,8 @@ from rich.markup import escape
 import dropsurgery as ds
 from dropsurgery import inspection, skeleton
 from dropsurgery.cli_options import (
+    Batch,
+    Count,
     Depths,
     Directory,
     Every,
@@ -28,7 +31,9 @@ from dropsurgery.cli_options import (
     Json,
     Model,
     ModelArgs,
+    ModeName,
     RuleName,
+    Single,
     Surgery,
     UnitName,
     Weights,
@@ -37,7 +42,9 @@ from dropsurgery.cli_options import (
     insertion,
     keyword_arguments,
     read_inputs,
+    survival_rule,
 )
+from dropsurgery.compute import Compute
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.base import Result
@@ -89,9 +96,14 @@ def inspect(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
+    single: Single = False,
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
+    mode: ModeName = "row",
+    batch: Batch = None,
+    input_shapes: Inputs = None,
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the residual skeleton.")
     ] = None,
@@ -103,18 +115,28 @@ def inspect(
 
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
     with _working(f"inspecting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        found = inspection.inspect(model, loaded.module, chosen)
+        examples = example_inputs(loaded, input_shapes) if input_shapes else None
+        found = inspection.inspect(model, loaded.module, chosen, examples)
+        cost = None
+        if batch is not None:
+            inputs = example_inputs(loaded, input_shapes, batch)
+            network = ds.apply(loaded.module, chosen, example_inputs=inputs).module
+            cost = ds.expected_compute(network, inputs)
         drawn = {kind: skeleton.picture(found, kind) for kind in pictures}
         for kind, path in pictures.items():
             write_whole(path, drawn[kind])
     if as_json:
         paths = {kind: str(path) for kind, path in pictures.items()}
-        return _print_json({**found.to_json(), "pictures": paths})
+        counted = {} if cost is None else {"compute": asdict(cost)}
+        return _print_json({**found.to_json(), **counted, "pictures": paths})
     _print(found.text(_width(), every=every))
+    if cost is not None:
+        _print(f"\n{cost.text(_width())}")
     for path in pictures.values():
         _print(f"drawn in {path}")
     return DONE
@@ -130,12 +152,14 @@ def retrofit(
     final_survival: Final = 0.8,
     rule: RuleName = "linear",
     depths: Depths = None,
-    mode: Annotated[
-        Literal["row", "batch"], typer.Option(help="One draw for each sample, or for each batch.")
-    ] = "row",
+    single: Single = False,
+    mode: ModeName = "row",
     unit: UnitName = "block",
     where: Wheres = None,
+    count: Count = "all",
     include: Include = None,
+    batch: Batch = None,
+    input_shapes: Inputs = None,
     every: Every = False,
     as_json: Json = False,
 ) -> int:
@@ -145,12 +169,18 @@ def retrofit(
 
     Example: dropsurgery retrofit torchvision:resnet50 --weights r50.safetensors -o r50-drop
     """
-    chosen = insertion(rule, final_survival, depths, unit, where, include, mode)
+    falling = survival_rule(rule, final_survival, depths, single)
+    chosen = insertion(falling, unit, where, include, count, mode)
     with _working(f"retrofitting {model}"):
         loaded = _load(model, weights, model_arg, surgery)
-        result = ds.apply(loaded.module, chosen)
+        examples = example_inputs(loaded, input_shapes) if input_shapes else None
+        result = ds.apply(loaded.module, chosen, example_inputs=examples)
+        cost = None
+        if batch is not None:
+            inputs = example_inputs(loaded, input_shapes, batch)
+            cost = ds.expected_compute(result.module, inputs)
         ds.save(result.module, output)
-    return _tell(result, output, model, every, as_json)
+    return _tell(result, output, model, every, as_json, cost)
 
 
 @app.command()
@@ -313,16 +343,25 @@ def _code(verdict: Any) -> int:
 # --- printing ------------------------------------------------------------------------------------
 
 
-def _tell(result: Result, output: Path | None, model: str, every: bool, as_json: bool) -> int:
+def _tell(
+    result: Result,
+    output: Path | None,
+    model: str,
+    every: bool,
+    as_json: bool,
+    cost: Compute | None = None,
+) -> int:
     counts = census(result.module)
     if as_json:
         directory = None if output is None else str(output)
         changes = [(c.by, c.module, c.node, c.what) for c in result.changes]
         skipped = [(s.by, s.module, s.node, s.reason) for s in result.skipped]
-        document = {
+        document: dict[str, Any] = {
             "changes": _records(("pass", "module", "node", "what"), changes),
             "skipped": _records(("pass", "module", "node", "reason"), skipped),
         }
+        if cost is not None:
+            document["compute"] = asdict(cost)
         return _print_json({"model": model, "directory": directory, **document, **vars(counts)})
     # What was done names its module; the table of what was not needs the place as well.
     passes = {change.by for change in result.changes}
@@ -334,6 +373,8 @@ def _tell(result: Result, output: Path | None, model: str, every: bool, as_json:
         title = f"{len(result.skipped)} left alone"
         _print("\n" + skips_text(result.skipped, _width(), title=title, every=every))
     _print(f"\n{counts}")
+    if cost is not None:
+        _print(f"\n{cost.text(_width())}")
     if output is not None:
         _print(f"saved in {output}; in Python: net = dropsurgery.load({str(output)!r}, model)")
     return DONE

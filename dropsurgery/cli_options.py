@@ -62,6 +62,17 @@ UnitName = Annotated[
         "or every block of the network, with residual or not."
     ),
 ]
+Count = Annotated[
+    Literal["all", "chosen"],
+    typer.Option(help="Whether the rule counts all sites, or only those that --where chooses."),
+]
+Single = Annotated[
+    bool,
+    typer.Option(
+        "--single",
+        help="Round the rates of linspace and per_stage to float32, as most of timm does.",
+    ),
+]
 Wheres = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,6 +86,21 @@ Include = Annotated[
     typer.Option(
         metavar="linear,nested",
         help="Count these as sites too: adds of a linear branch, long skips around blocks.",
+    ),
+]
+ModeName = Annotated[
+    Literal["row", "subset", "batch"],
+    typer.Option(
+        help="What dropping does: mask samples (no time saved), compute a branch for the surviving "
+        "samples only, or run it or not for a whole mini-batch."
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Count what each branch costs, and what --mode saves of it, at this batch size.",
     ),
 ]
 Every = Annotated[bool, typer.Option("--all", help="List each thing left alone, not by reason.")]
@@ -107,28 +133,35 @@ def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def insertion(
-    rule: str,
-    final: float,
-    depths: str | None,
+    rule: survival.Rule,
     unit: Unit,
     wheres: list[str] | None,
     include: str | None,
+    count: Literal["all", "chosen"],
     mode: Mode = "row",
 ) -> InsertDropPath:
     """Build the pass that the options describe."""
     return InsertDropPath(
-        _survival(rule, final, depths),
+        rule,
         mode=mode,
         unit=unit,
         where=wheres[0] if wheres and len(wheres) == 1 else tuple(wheres or ()) or None,
         include=tuple(name.strip() for name in include.split(",")) if include else (),
+        count=count,
     )
 
 
-def _survival(rule: str, final: float, depths: str | None) -> survival.Rule:
+def survival_rule(rule: str, final: float, depths: str | None, single: bool) -> survival.Rule:
+    """Build the rule that the options describe."""
     if rule != "per_stage":
         if depths is not None:
             raise ArgumentError("--depths says nothing without stages", fix="--rule per_stage")
+        if rule == "linspace":
+            return survival.linspace(final, single=single)
+        if single:
+            raise ArgumentError(
+                f"--single says nothing to the rule {rule}", fix="--rule linspace or per_stage"
+            )
         return survival.by_name(rule, final)
     if depths is None:
         raise ArgumentError(
@@ -136,11 +169,13 @@ def _survival(rule: str, final: float, depths: str | None) -> survival.Rule:
         )
     if not re.fullmatch(r"\d+(,\d+)*", depths):
         raise ArgumentError(f"'{depths}' are not depths", fix="--depths 3,4,6,3")
-    return survival.per_stage(final, tuple(map(int, depths.split(","))))
+    return survival.per_stage(final, tuple(map(int, depths.split(","))), single=single)
 
 
-def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch.Tensor, ...]:
-    """Draw one random sample for every shape; a model that knows its input needs no shapes."""
+def example_inputs(
+    loaded: LoadedModel, shapes: list[str] | None, batch: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """Draw random samples for every shape; a model that knows its input needs no shapes."""
     if shapes:
         wanted = [_shape(text) for text in shapes]
     elif loaded.input_shape is not None:
@@ -150,7 +185,7 @@ def example_inputs(loaded: LoadedModel, shapes: list[str] | None) -> tuple[torch
             f"the shape of the input of {loaded.name} is not known", fix="--input 3x224x224"
         )
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, *shape, generator=generator) for shape in wanted)
+    return tuple(torch.randn(batch, *shape, generator=generator) for shape in wanted)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -67,6 +67,10 @@ class Compute:
         return self.expected / self.total if self.total else 1.0
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = 100) -> str:
+        """Return the table and a line about the whole network, for a console of some width."""
         rows = [
             (
                 site.path,
@@ -82,6 +86,7 @@ class Compute:
             ("drop path", "mode", "survival", "branch MFLOP", "run", ""),
             rows,
             title=f"{len(rows)} branches, batch {self.batch}",
+            width=width,
         )
         return (
             f"{table}\n\nforward: {self.total / 1e9:,.3f} GFLOP, in expectation "

@@ -92,7 +92,8 @@ class Inspection:
         values = vars(rule) if type(rule) in rules.RULES.values() else {}
         told = [f"rule {name}"]
         told += [f"{key} {_value(value)}" for key, value in values.items() if value is not False]
-        told.append(f"counted by {chosen.unit} (L = {self.total})")
+        over = " over the chosen sites" if chosen.count == "chosen" else ""
+        told.append(f"counted by {chosen.unit}{over} (L = {self.total})")
         if chosen.where is not None:
             told.append(f"where {_value(chosen.where)}")
         if chosen.include:
@@ -113,6 +114,8 @@ class Inspection:
             lines = [f"survival: {self.rule}"]
             if any(rate.native is not None for rate in self.sites):
                 lines.append("native: the drop rate of the drop path that the network has there")
+            if any(rate.site.batch_axis is None for rate in self.sites):
+                lines.append("batch axis shared: no axis of the branch holds the samples alone")
             stages = self.stages()
             if 1 < len(stages) <= _MOST_STAGES:
                 depths = ", ".join(f"{path} {last - first + 1}" for path, first, last in stages)
@@ -127,16 +130,20 @@ class Inspection:
 
     def _table(self, width: int, title: str) -> str:
         columns = ["block", "module", "add", "kind", "survival", "drop"]
+        has_native = any(rate.native is not None for rate in self.sites)
+        moved = any(rate.site.batch_axis != 0 for rate in self.sites)
+        columns += ["native"] * has_native + ["batch axis"] * moved
         rows = []
         for rate in self.sites:
             p = rate.survival
             drops = (None if p is None else 1.0 - p, rate.native)
             told = [NOTHING if value is None else round(value, 4) for value in (p, *drops)]
             site = rate.site
-            rows.append((site.block, site.module or ROOT, site.add, rate.kind, *told))
-        if any(rate.native is not None for rate in self.sites):
-            columns.append("native")
-        return render(columns, [row[: len(columns)] for row in rows], title=title, width=width)
+            cells = [site.block, site.module or ROOT, site.add, rate.kind, *told[:2]]
+            cells += told[2:] * has_native
+            cells += ["shared" if site.batch_axis is None else site.batch_axis] * moved
+            rows.append(cells)
+        return render(columns, rows, title=title, width=width)
 
     def to_json(self) -> dict[str, Any]:
         """Return the inspection as JSON values; a module of "" is the root."""
@@ -163,20 +170,23 @@ class Inspection:
         }
 
 
-def inspect(name: str, model: nn.Module, insertion: InsertDropPath) -> Inspection:
+def inspect(
+    name: str, model: nn.Module, insertion: InsertDropPath, example_inputs: Any = None
+) -> Inspection:
     """Look at a network through the eyes of an insertion. Nothing is run or changed.
 
     Args:
         name: what the reader knows the network as.
         model: any `nn.Module`, or a GraphModule that dropsurgery returned.
         insertion: says which sites there are, which of them count, and their survival.
+        example_inputs: as for `trace`; they open blocks whose forward branches on sizes.
 
     Raises:
         ArgumentError: the rule does not fit the network's number of blocks.
         PassError: `where` matches no site.
         TraceError: the network cannot be turned into a graph.
     """
-    module = trace(model)
+    module = trace(model, example_inputs=example_inputs)
     found = find_residuals(module, include=insertion.include)
     plan = insertion.plan(module)
     steps = [step for step in plan.steps if step.graph == 0]

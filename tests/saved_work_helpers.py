@@ -69,13 +69,16 @@ class Recorder:
 
 def as_mask(rows: Rows, batch: int) -> Tensor:
     """Return the factor of each sample, float64 (B,)."""
-    if rows.index is None:
-        assert rows.mask is not None
+    if rows.mask is not None:
         return rows.mask.double()
+    if rows.window is not None:
+        first, count = rows.window
+        rows = rows._replace(index=(first + torch.arange(count)) % batch)
+    assert rows.index is not None
     assert len(set(rows.index.tolist())) == len(rows.index)
     mask = torch.zeros(batch, dtype=torch.float64)
     mask[rows.index] = rows.scale
-    if rows.last is not None and not rows.last:
+    if not rows.last:
         mask[rows.index[-1]] = 0.0
     return mask
 

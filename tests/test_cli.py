@@ -96,6 +96,23 @@ class Mixed(nn.Module):
             x = x + conv(x)
         return x + 1
 
+class Tokens(nn.Module):
+    """Blocks that see their tokens first, and windows beside the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).permute(2, 0, 1)
+        x = x + torch.relu(self.a(x))
+        rows = x.flatten(0, 1)
+        return rows + torch.relu(self.b(rows))
+
+class Sized(Net):
+    def forward(self, x):
+        return super().forward(x if x.shape[2] > 4 else 2 * x)
+
 class Deep(nn.Sequential):
     def __init__(self):
         super().__init__()
@@ -192,6 +209,43 @@ def test_inspect_shows_native_drops(run: Cli) -> None:
     assert re.search(r"survival +drop +native\n", native.out)
     assert re.search(r"layer1\.0 .* 0\.925 +0\.075 +-\n", native.out)  # the author drops none here
     assert re.search(r"layer4\.0 .* 0\.7 +0\.3 +0\.2\n", native.out)
+
+
+def test_the_rule_may_count_the_chosen_sites_alone(run: Cli) -> None:
+    words = ("--where", "blocks.1", "--rule", "linspace", "--final-survival", "0.6")
+    drops = []
+    for count in ("all", "chosen"):
+        document = run("inspect", "net.py:Net", *words, "--count", count, "--json").document
+        drops.append([site["drop"] for site in document["sites"]])
+        assert ("over the chosen sites" in document["rule"]) == (count == "chosen")
+    assert drops == [[None, pytest.approx(0.4)], [None, 0.0]]
+    made = run("retrofit", "net.py:Net", *words, "--count", "chosen", "-o", "surgery", "--json")
+    assert "survival 1," in made.document["changes"][0]["what"]
+
+
+def test_single_rounds_the_rates(run: Cli) -> None:
+    words = ("--model-arg", "depth=4", "--rule", "linspace", "--final-survival", "0.9", "--single")
+    document = run("inspect", "net.py:Net", *words, "--json").document
+    expected = torch.linspace(0, 0.1, len(document["sites"]))
+    assert "single True" in document["rule"]
+    assert [site["drop"] for site in document["sites"]] == pytest.approx(expected.tolist(), abs=0)
+
+
+def test_inspect_shows_where_the_batch_is_if_not_in_front(run: Cli) -> None:
+    assert "batch axis" not in run("inspect", "net.py:Net").out
+    told = run("inspect", "net.py:Tokens").out
+    assert re.search(r"survival +drop +batch axis\n", told)
+    assert re.search(r"^ *1 .* 1\n *2 .* shared\n", told, re.MULTILINE)
+    assert "batch axis shared: no axis of the branch holds the samples alone" in told
+    sites = run("inspect", "net.py:Tokens", "--json").document["sites"]
+    assert [site["batch_axis"] for site in sites] == [1, None]
+
+
+def test_inputs_answer_questions_about_sizes(run: Cli) -> None:
+    assert "pass example_inputs" in run("inspect", "net.py:Sized").err
+    words = ("net.py:Sized", "--input", "3x8x8", "--json")
+    assert len(run("inspect", *words).document["sites"]) == 2
+    assert run("retrofit", *words, "-o", "surgery").code == 0
 
 
 def test_inspect_tells_rule_and_stages(run: Cli) -> None:
@@ -443,6 +497,7 @@ def test_hub_models_know_their_input(run: Cli) -> None:
             "inspect net.py:Net --rule per_stage",
             "number of blocks in each stage(.|\n)*--depths 3,4",
         ),
+        ("inspect net.py:Net --single", "--single says nothing(.|\n)*--rule linspace"),
         ("inspect net.py:Net --depths 1,1", "--depths says nothing(.|\n)*--rule per_stage"),
         ("inspect net.py:Net --rule per_stage --depths 1;1", "'1;1' are not depths"),
         ("inspect net.py:Net --rule per_stage --depths 2,3", "5 blocks and the network has 2"),
@@ -645,3 +700,17 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.returncode == 0
+
+
+def test_what_dropping_saves_is_told(run: Cli) -> None:
+    shared = ("net.py:Net", "--mode", "subset", "--batch", "16", "--input", "3x8x8")
+    done = run("inspect", *shared, "--final-survival", "0.5", "--json")
+    found = done.document["compute"]
+    assert found["batch"] == 16
+    assert [site["run"] for site in found["sites"]] == [0.75, 0.5]
+    assert 0.6 < found["expected"] / found["total"] < 0.75
+    text = run("retrofit", *shared, "-o", "surgery").out
+    assert "2 branches, batch 16" in text
+    assert "% saved)" in text
+    assert Path("surgery/surgery.json").exists()
+    assert "the shape of the input of net.py:Net is not known" in run("inspect", *shared[:5]).err

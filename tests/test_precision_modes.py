@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import dropsurgery as ds
-from dropsurgery.layers.rows import Rows, add_rows, take_rows
+from dropsurgery.layers.rows import Rows, add_rows, split_rows, take_rows
 from tests.distributed_ranks import MODES, Net
 from tests.helpers import randomize
 from tests.saved_work_helpers import Recorder, gradients, quiet
@@ -155,23 +155,34 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("shape", "layout"), FORMATS)
+@pytest.mark.parametrize("first", [None, 1, 4])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_rows_keep_the_memory_format(
-    shape: tuple[int, ...], layout: torch.memory_format, last: bool, in_place: bool
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    first: int | None,
+    last: bool,
+    in_place: bool,
 ) -> None:
+    """For a window, one that goes around the end, and an index as in compiled code."""
     torch.manual_seed(0)
     x = torch.randn(shape).to(memory_format=layout).requires_grad_()
     skip = torch.randn(shape).to(memory_format=layout).requires_grad_()
-    rows = Rows(torch.tensor([4, 0, 3]), None, last, 2.0)
+    chosen = [4, 0, 3] if first is None else [(first + i) % 6 for i in range(3)]
+    if first is None:
+        rows = Rows(torch.tensor(chosen), last=last, scale=2.0)
+    else:
+        rows = Rows(window=(first, 3), last=last, scale=2.0)
     taken = take_rows(x, rows)
-    assert torch.equal(taken, x[[4, 0, 3]])
+    assert torch.equal(taken, x[chosen])
     assert taken.is_contiguous(memory_format=layout)
     base = skip * 1.0
     total = add_rows(base, taken, rows, in_place=in_place)
     assert (total is base) == in_place
     assert total.is_contiguous(memory_format=layout)
-    mask = torch.tensor([2.0, 0.0, 0.0, 2.0 if last else 0.0, 2.0, 0.0])
+    mask = torch.zeros(6)
+    mask[chosen if last else chosen[:-1]] = 2.0
     mask = mask.view(-1, *(1 for _ in shape[1:]))
     expected = skip + x * mask
     torch.testing.assert_close(total, expected)
@@ -179,8 +190,27 @@ def test_rows_keep_the_memory_format(
     found = torch.autograd.grad((total * weights).sum(), (skip, x))
     wanted = torch.autograd.grad((expected * weights).sum(), (skip, x))
     torch.testing.assert_close(found, wanted)
-    if not in_place:
-        assert all(g.is_contiguous(memory_format=layout) for g in found)
+    assert found[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(("shape", "layout"), FORMATS)
+@pytest.mark.parametrize("first", [1, 4])
+def test_split_rows_keep_the_memory_format(
+    shape: tuple[int, ...], layout: torch.memory_format, first: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    chosen = [(first + i) % 6 for i in range(3)]
+    whole, taken = split_rows(x, Rows(window=(first, 3)))
+    assert torch.equal(whole, x)
+    assert torch.equal(taken, x[chosen])
+    assert taken.is_contiguous(memory_format=layout)
+    left = torch.randn(shape).to(memory_format=layout)
+    right = torch.randn(taken.shape).to(memory_format=layout)
+    (found,) = torch.autograd.grad((whole * left).sum() + (taken * right).sum(), x)
+    (wanted,) = torch.autograd.grad((x * left).sum() + (x[chosen] * right).sum(), x)
+    torch.testing.assert_close(found, wanted)
+    assert found.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("skip_dtype", [torch.float32, torch.bfloat16])
@@ -190,8 +220,8 @@ def test_dtypes_of_a_sum(
     skip_dtype: torch.dtype, branch_dtype: torch.dtype, in_place: bool
 ) -> None:
     skip, branch = torch.randn(4, 3).to(skip_dtype), torch.randn(4, 3).to(branch_dtype)
-    chosen = Rows(torch.tensor([2, 1]), None, True, 2.0)
-    masked = Rows(None, torch.tensor([0.0, 2.0, 2.0, 0.0]))
+    chosen = Rows(window=(1, 2), scale=2.0)
+    masked = Rows(mask=torch.tensor([0.0, 2.0, 2.0, 0.0]))
     results = [
         add_rows(skip.clone(), take_rows(branch, rows), rows, in_place=in_place)
         for rows in (chosen, masked)

@@ -13,6 +13,7 @@ This happens anew at each `recompile`, so that passes, analyses and pickles know
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.module import INSERTED, NATIVE
 from dropsurgery.graph.region import NoRegion, Region, Regions
 from dropsurgery.layers.drop_path import DropPath
-from dropsurgery.layers.rows import Rows, add_rows, like_rows, take_rows
+from dropsurgery.layers.rows import Rows, add_rows, like_rows, split_rows, take_rows
 
 # The attribute under which a traced module gives itself to the functions of its branches.
 ITSELF = "_itself"
@@ -133,6 +134,7 @@ class _Builder:
         self.inputs: dict[fx.Node, fx.Node] = {}
         self.made: dict[fx.Node, fx.Node] = {}
         self.rows: dict[fx.Node, fx.Node] = {}
+        self.skips: dict[fx.Node, fx.Node] = {}
         self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -154,7 +156,8 @@ class _Builder:
         else:
             region, axis = self.program.calls[call], self.program.layer(call).axis
             inner = (*chain, call)
-            skip, branch = self.see(region.skip, chain), self.see(region.branch, inner)
+            branch = self.see(region.branch, inner)
+            skip = self.skips.get(call) or self.see(region.skip, chain)
             rows = self.rows[call]
             self.made[node] = self._function(add_rows, skip, branch, rows, axis, region.in_place)
 
@@ -170,7 +173,13 @@ class _Builder:
             return self.views[call, value]
         if value in region.gathered:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
-            view = self._function(take_rows, seen, rows, region.gathered[value])
+            axis = region.gathered[value]
+            if value is region.skip and not region.in_place:
+                parts = self._function(split_rows, seen, rows, axis)
+                self.skips[call] = self._function(operator.getitem, parts, 0)
+                view = self._function(operator.getitem, parts, 1)
+            else:
+                view = self._function(take_rows, seen, rows, axis)
         elif value in region.sizes and region.asked:
             view = self.graph.node_copy(value, lambda v: self._see_size(v, chain))
         else:

@@ -50,10 +50,12 @@ class DropPath(nn.Module):
     Args:
         drop_prob: probability of dropping, in [0, 1]; one minus the survival probability.
         mode: "row" draws once for every sample, "batch" once for all of them. "subset" draws how
-            the network's branch is computed: for ceil(B·p) random samples of B, p the survival
-            probability, the last of which counts with the probability that makes every sample
-            survive with p exactly. Where that leaves out no sample, and for a `drop_prob` below
-            `break_even`, it draws like "row".
+            the network's branch is computed: for ceil(B·p) neighbours of B samples from a random
+            one on (around the end), p the survival probability, the last of which counts with the
+            probability that makes every sample survive with p exactly. Draws of different layers
+            are independent; within a layer neighbours in the batch tend to go together, which in
+            a shuffled batch is a random subset. Where that leaves out no sample, and for a
+            `drop_prob` below `break_even`, it draws like "row".
         axis: where the batch is.
         break_even: for "subset", the drop probability from which on it saves time.
 
@@ -130,17 +132,16 @@ class DropPath(nn.Module):
         # have code compiled again where its answer changes. A subset of all B rows is right too.
         masks = self.mode != "subset" or self.peak < self.break_even if compiled else count == batch
         if masks:
-            return Rows(None, self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
+            return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         scale = 1.0 / keep if keep > 0.0 else 0.0
-        if self.draws is None:
-            index = torch.randperm(batch, device=x.device)[:count]
-        else:
-            index = self.draws.uniform(batch, self.site, x.device).argsort()[:count]
         if compiled:
-            last = self._number_compiled(x.device) + (count - 1) < batch * keep
-            return Rows(index, None, last, scale)
+            start, chance = self._numbers_compiled(x.device)
+            index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
+            return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
         share = batch * keep - (count - 1)
-        return Rows(index, None, share >= 1.0 - 1e-9 or self._number() < share, scale)
+        first = min(int(self._number(0) * batch), batch - 1)
+        last = share >= 1.0 - 1e-9 or self._number(1) < share
+        return Rows(last=last, scale=scale, window=(first, count))
 
     def count(self, batch: int) -> int:
         """Return for how many samples of a batch the branch is computed in training."""
@@ -157,22 +158,22 @@ class DropPath(nn.Module):
         """Draw, on the host, whether a whole mini-batch keeps the branch; always so in eval."""
         if not self.training or self.drop_prob == 0.0:
             return True
-        return self._number() < 1.0 - self.drop_prob
+        return self._number(0) < 1.0 - self.drop_prob
 
-    def _number(self) -> float:
+    def _number(self, place: int) -> float:
         """Draw a number in [0, 1) on the host, whatever the device: nothing waits for it."""
         if self.draws is not None and torch.compiler.is_compiling():
             # The step as a number would be a constant of the code, and each step compiled anew.
-            return self.draws.uniform(1, self.site + 1, torch.device("cpu")).item()
+            return self.draws.uniform(1, self.site + place, torch.device("cpu")).item()
         if self.draws is not None:
-            return self.draws.number(self.site + 1)
+            return self.draws.number(self.site + place)
         return torch.rand((), dtype=torch.float64, device="cpu").item()
 
-    def _number_compiled(self, device: torch.device) -> Tensor:
-        """Draw the same as a tensor."""
-        if self.draws is not None:
-            return self.draws.uniform(1, self.site + 1, device)[0]
-        return torch.rand((), dtype=torch.float64, device=device)
+    def _numbers_compiled(self, device: torch.device) -> Tensor:
+        """Draw two numbers as a tensor."""
+        if self.draws is None:
+            return torch.rand(2, dtype=torch.float64, device=device)
+        return torch.cat([self.draws.uniform(1, self.site + place, device) for place in (0, 1)])
 
     def _mask(self, x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Return a (count,) mask of 0 and 1/keep on the device of `x`."""
