@@ -60,7 +60,8 @@ class Residual:
 
     Attributes:
         projection: how the skip is brought to the branch's shape, where that is another.
-        layout: the add is done on permuted or flattened operands, or on half of the channels.
+        layout: the add is done on permuted or flattened operands, or on half of the channels;
+            "first": with another axis before the batch; "rows": with one merged with the batch.
         skip_first: the skip is computed before the branch.
         inline: the forward stands in that of the module around it.
     """
@@ -70,7 +71,7 @@ class Residual:
     inner: tuple[Element, ...] = ()
     how: Spelling = PLAIN
     projection: Literal["point", "pool", "max", "slice"] = "point"
-    layout: Literal["plain", "permuted", "flat", "half"] = "plain"
+    layout: Literal["plain", "permuted", "flat", "half", "first", "rows"] = "plain"
     skip_first: bool = True
     inline: bool = False
 
@@ -239,6 +240,13 @@ class ResidualBlock(Built):
             order = (0, 2, 3, 1) if image else (0, 2, 1)
             back = (0, 3, 1, 2) if image else (0, 2, 1)
             return self._add(skip.permute(order), branch.permute(order)).permute(back)
+        if layout == "first":
+            turned = (operand.transpose(0, 1) for operand in (skip, branch))
+            return self._add(*turned, batch=1).transpose(0, 1)
+        if layout == "rows":
+            first = self.branch.shape.channels if image else self.branch.shape.size
+            rows = (operand.flatten(0, 1) for operand in (skip, branch))
+            return self._add(*rows, batch=None).unflatten(0, (-1, first))
         if layout == "flat":
             shape = self.branch.shape
             sizes = (shape.size, shape.channels)
@@ -250,10 +258,10 @@ class ResidualBlock(Built):
         x = self.skip.run(x, extra)
         return x if self.project.same else self.project(x)
 
-    def _add(self, skip: Tensor, branch: Tensor) -> Tensor:
+    def _add(self, skip: Tensor, branch: Tensor, *, batch: int | None = 0) -> Tensor:
         if self.spec.how.module:
-            return self.adder(skip, branch, self.what, self.kind)
-        return join(skip, branch, self.spec.how, self.what, self.kind)
+            return self.adder(skip, branch, self.what, self.kind, batch)
+        return join(skip, branch, self.spec.how, self.what, self.kind, batch)
 
 
 class ParallelBlock(Built):
@@ -347,7 +355,7 @@ def residuals(draw: st.DrawFn, image: bool, inner: tuple[Element, ...] = ()) -> 
 
     A branch that is affine but for a normalisation could be a skip too, so its skip is x itself.
     """
-    layout = draw(st.sampled_from(["plain", "permuted", "flat", "half"]))
+    layout = draw(st.sampled_from(["plain", "permuted", "flat", "half", "first", "rows"]))
     if not inner and draw(st.booleans()):
         branch = replace(draw(branches(image, "norms")), down=False, widen=False)
         return Residual(branch, how=draw(spellings()), layout=layout, inline=draw(st.booleans()))

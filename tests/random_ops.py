@@ -73,6 +73,7 @@ class Known:
         kind: the kind of the site.
         branch_first: the first operand is the branch.
         reason: how the reason begins for which it is no site; a regular expression.
+        batch: the axis of the operands that is the batch; None where the batch shares its axis.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Known:
     kind: str = ""
     branch_first: bool = False
     reason: str = ""
+    batch: int | None = 0
 
     @property
     def kind_found(self) -> str:
@@ -142,10 +144,11 @@ class Tape:
         calls = [call for known, call in self.frames if known == ".".join(parts)]
         return (calls[-1] if parts and calls else call) if path else None
 
-    def drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth by its definition: a draw a row, the survivors scaled up."""
+    def drop(self, branch: Tensor, axis: int) -> Tensor:
+        """Stochastic depth by its definition: a draw a sample, the survivors scaled up."""
         assert self.survival is not None
-        mask = torch.empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(self.survival)
+        sizes = [size if number == axis else 1 for number, size in enumerate(branch.shape)]
+        mask = torch.empty(sizes).bernoulli_(self.survival)
         return branch * (mask / self.survival if self.survival else mask)
 
 
@@ -159,21 +162,28 @@ class Adder(nn.Module):
         super().__init__()
         self.how = how
 
-    def forward(self, skip: Tensor, branch: Tensor, what: str, kind: str) -> Tensor:
-        return join(skip, branch, self.how, what, kind)
+    def forward(
+        self, skip: Tensor, branch: Tensor, what: str, kind: str, batch: int | None = 0
+    ) -> Tensor:
+        return join(skip, branch, self.how, what, kind, batch)
 
 
-def join(skip: Tensor, branch: Tensor, how: Spelling, what: str, kind: str) -> Tensor:
-    """Add a branch to a skip; `what` and `kind` are what is known of the add.
+def join(
+    skip: Tensor, branch: Tensor, how: Spelling, what: str, kind: str, batch: int | None = 0
+) -> Tensor:
+    """Add a branch to a skip; `what`, `kind` and `batch` are what is known of the add.
+
+    Where no axis is the batch, nothing can be dropped for a sample.
 
     `+=`, which a trace writes as `+`, writes to the branch, which nothing reads again.
     """
     how = replace(how, swapped=True) if how.add == "iadd" else how
     for tape in _TAPES:
         reason = {"nested": "nested: ", "linear": "linear branch: "}.get(what, "")
-        known = tape.note(what, kind=kind, branch_first=how.swapped, reason=reason)
-        if tape.survival is not None and known.is_site(tape.include):
-            branch = tape.drop(branch)
+        known = tape.note(what, kind=kind, branch_first=how.swapped, reason=reason, batch=batch)
+        drops = tape.survival is not None and known.is_site(tape.include)
+        if drops and batch is not None:
+            branch = tape.drop(branch, batch)
     operands = (branch, skip) if how.swapped else (skip, branch)
     return SPELLINGS[how.add](*operands)
 

@@ -15,6 +15,7 @@ from torch import fx
 
 import dropsurgery as ds
 from dropsurgery.graph import residual
+from dropsurgery.graph.batch import batch_axes
 from dropsurgery.graph.forks import Flow
 from dropsurgery.graph.module import module_path
 from tests.random_networks import (
@@ -59,6 +60,9 @@ def check_sites(net: Net, spec: Network, include: tuple[str, ...]) -> None:
     sites = {site.add: site for site in found.sites}
     reasons = {skip.node: skip.reason for skip in found.skipped}
     adds, truth = adds_of(module), known(net, spec)
+    claims = batch_axes(module, module.graph)
+    named = {node.name: node for node in module.graph.nodes}
+    branches = {site.add: named[site.branch] for site in found.sites}
     assert [module_path(add) for add in adds] == [add.path for add in truth]
     assert len(sites) + len(reasons) == sum(add.what != "size" for add in truth), str(found)
     blocks: dict[object, int] = {}
@@ -75,6 +79,8 @@ def check_sites(net: Net, spec: Network, include: tuple[str, ...]) -> None:
         assert (site.kind, site.module, site.block) == (expected.kind_found, expected.path, block)
         assert (site.skip, site.branch) == (skip, branch)
         assert site.linear == (expected.what == "linear")
+        claim = claims[branches[site.add]]
+        assert claim.kind == "unknown" or site.batch_axis == expected.batch, str(found)
 
 
 def sorted_operands(add: fx.Node, expected: Known) -> tuple[fx.Node, fx.Node]:
@@ -119,9 +125,9 @@ def test_the_drop_sits_on_the_branch_and_comes_out_again(
     spec: Network, survival: float, include: tuple[str, ...]
 ) -> None:
     net = Net(spec).eval()
-    plain = ds.trace(net)
+    plain = ds.trace(net, example_inputs=inputs(spec))  # these tell where the batch is
     insert = ds.InsertDropPath(ds.survival.constant(survival), include=include)
-    dropping = ds.apply(net, insert).module
+    dropping = ds.apply(plain, insert).module
     assert list(dropping.state_dict()) == list(net.state_dict())
     with torch.no_grad():
         assert torch.equal(dropping(*inputs(spec)), net(*inputs(spec)))
