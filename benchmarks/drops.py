@@ -29,7 +29,8 @@ CHECKS = """\
   share of dropped units and mean (DropBlock, DropPath), kept channels and the sum of their scores
   (Weighted Channel Dropout, exact), mean area (Cutout); in brackets the largest distance from
   theory in standard errors, of which 4 are allowed.
-- **compile**: a training step of the whole network under `torch.compile(fullgraph=True)`.
+- **compile**: `torch.compile(fullgraph=True)` captures a training step of the whole network as one
+  graph, without a break (inductor's code for each layer has its own table).
 - **export**: `torch.export` of the eval form has the plain network's operations, in their order;
   below each table, the same for ONNX with all methods in the network at once.
 - **retune**: with rates set to 0 a training step is the plain network's bit for bit, and with the
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=31, help="timed rounds of each comparison")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
     parser.add_argument("--only", help="one network")
-    parser.add_argument("--no-tables", action="store_true", help="only the speed")
+    parser.add_argument(
+        "--no-tables", action="store_true", help="only the speed; keeps the rest of the page"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -104,17 +107,19 @@ def main() -> None:
     checked = [] if options.no_tables else tables(options.only)
     compiled = [] if options.no_tables else compiler()
     timed = speed(options.repeat)
+    start = ["# The drop family", "", "`python -m benchmarks.drops --markdown docs/drops.md`", ""]
+    start += ["## In five networks", "", CHECKS, *checked, "", "## Under inductor", "", COMPILED]
+    head = "\n".join([*start, *compiled, "", ""])
+    if options.no_tables and options.markdown and options.markdown.exists():
+        head = options.markdown.read_text(encoding="utf-8").partition("## Speed")[0]
     about = (
         f"torch {torch.__version__}, Python {platform.python_version()}, one thread, processor "
-        f"time of forward and backward, {options.repeat} rounds."
+        f"time of forward and backward, medians of {options.repeat} interleaved rounds. Where 1 "
+        "lies within the quartiles, both make the same passes over the map."
     )
-    parts = [
-        "# The drop family", "", "`python -m benchmarks.drops --markdown docs/drops.md`", "",
-        "## In five networks", "", CHECKS, *checked, "", "## Under inductor", "", COMPILED,
-        *compiled, "", "## Speed", "", *timed, "", about,
-    ]  # fmt: skip
+    page = "\n".join(["## Speed", "", *timed, "", about])
     if options.markdown:
-        options.markdown.write_text("\n".join(parts) + "\n", encoding="utf-8")
+        options.markdown.write_text(f"{head}{page}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def mc_predict(
     Gal and Ghahramani, "Dropout as a Bayesian Approximation", 2016, arXiv:1506.02142. Where the
     noise of one row is not another's, the samples of an input are drawn side by side in one run, up
     to `batch_size` rows at a time. Masks that are inputs of the network
-    (`ConvertDropout("monte-carlo", noise="input")`) are drawn here.
+    (`ConvertDropout("monte-carlo", noise="input")`) are drawn here. Two onnxruntime sessions of one
+    process draw the same numbers, unless `onnxruntime.set_seed` comes before the second.
 
     Args:
         model: a module in eval mode that draws there (`ConvertDropout("monte-carlo")`), or an

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def batches(data: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         raise ArgumentError("the data holds no batch", fix="an iterable that was not used up")
 
 
-def run_batch(model: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+def run_batch(model: Callable[..., Any], batch: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     """Run a network on a batch; what it raises becomes a typed error."""
     try:
         model(*batch[0], **batch[1])
@@ -108,7 +108,7 @@ def run_batch(model: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -
         shapes = [tuple(x.shape) for x in batch[0] if isinstance(x, Tensor)]
         raise ArgumentError(
             f"the network does not run on the data: {first_line(error)}",
-            where=f"{type(model).__name__} with inputs of shape {shapes}",
+            where=f"inputs of shape {shapes}",
             fix="batches of forward's inputs, with more than one value a channel",
         ) from error
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dropsurgery.errors import ArgumentTypeError, DropsurgeryError
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.module import graphs, module_path
-from dropsurgery.graph.moments import Seen, noise_of, propagate
+from dropsurgery.graph.moments import Seen, call_keys, noise_of, propagate
 from dropsurgery.graph.trace import arguments, trace
 from dropsurgery.recalibrate import add_moments, batches, run_batch
 from dropsurgery.tables import NOTHING, render
@@ -168,18 +169,27 @@ def find_variance_shift(
         raise ArgumentTypeError(
             f"find_variance_shift takes a torch.nn.Module, got {type(model).__name__}"
         )
+    given = None
+    if data is not None:
+        given = iter(batches(data))
+        first = next(given)
+        given = itertools.chain([first], given)
+        if example_inputs is None:
+            run_batch(_own_buffers(model).eval(), first)
+            example_inputs = first[1] or first[0]
     module = trace(model, example_inputs=example_inputs)
     seen = [found for found in propagate(module, module.graph, {}) if found.dropouts]
-    if data is None:
+    if given is None:
         return VarianceShift(tuple(_shift(module, found) for found in seen))
-    measured = _measure(module, model, seen, data)
+    measured = _measure(module, model, seen, given)
     again = {f.node: f for f in propagate(module, module.graph, measured.clean)}
+    keys = call_keys(module.graph)
     shifts = []
     for found in seen:
-        path = str(found.node.target)
-        noisy = measured.noisy.get(path)
+        key = keys[found.node]
+        noisy = measured.noisy.get(key)
         ratios = [
-            None if noisy is None or path not in over else _mean(over[path][1] / noisy[1])
+            None if noisy is None or key not in over else _mean(over[key][1] / noisy[1])
             for over in (measured.clean, measured.evaluating)
         ]
         shift = _shift(module, again[found.node])
@@ -208,7 +218,7 @@ Measured = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Measured:
-    """Mean and variance by channel of what layers are given, by their path.
+    """Mean and variance by channel of what calls of layers are given, by their keys.
 
     Attributes:
         evaluating: in eval mode.
@@ -222,33 +232,32 @@ class _Measured:
 
 
 class _Sums:
-    """Count, Σx and Σx² by channel (axis 1) of what layers are given, by their path."""
+    """Count, Σx and Σx² by channel (axis 1) of what calls of layers are given, by their keys."""
 
-    def __init__(self, paths: set[str]) -> None:
-        self._paths = paths
+    def __init__(self, keys: set[str]) -> None:
+        self._keys = keys
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, path: str, x: Tensor) -> None:
-        """Add what a layer is given, if it is one of those."""
-        if path not in self._paths or x.ndim < 2:
+    def add(self, key: str, x: Tensor) -> None:
+        """Add what a call is given, if it is one of those."""
+        if key not in self._keys or x.ndim < 2:
             return
-        if path not in self._sums:
-            self._sums[path] = torch.zeros(3, x.shape[1], dtype=torch.float64, device=x.device)
-        if x.shape[1] == self._sums[path].shape[1]:
-            add_moments(self._sums[path], x)
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(3, x.shape[1], dtype=torch.float64, device=x.device)
+        add_moments(self._sums[key], x)
 
     def moments(self) -> Measured:
         """Return mean and variance over all that was added."""
         found = {}
-        for path, sums in self._sums.items():
+        for key, sums in self._sums.items():
             count, first, second = sums.cpu().unbind()
             mean = first / count
-            found[path] = (mean, (second / count - mean.square()).clamp(min=0.0))
+            found[key] = (mean, (second / count - mean.square()).clamp(min=0.0))
         return found
 
 
 class _Twice(fx.Interpreter):
-    """Runs a graph in training mode, and beside it what it would be without dropout's noise.
+    """Runs a graph, and beside it what it would be without the noise of dropout.
 
     The second value of a node differs from the first only from a dropout to the next BatchNorm.
     """
@@ -256,6 +265,7 @@ class _Twice(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, graph: fx.Graph, noisy: _Sums, clean: _Sums) -> None:
         super().__init__(module, graph=graph)
         self._noisy, self._clean = noisy, clean
+        self._keys = call_keys(graph)
         self._other: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -264,10 +274,10 @@ class _Twice(fx.Interpreter):
         inputs = n.all_input_nodes
         other = None
         if isinstance(called, _BatchNorm):
-            self._noisy.add(str(n.target), self.env[inputs[0]])
-            self._clean.add(str(n.target), self._value(inputs[0]))
+            self._noisy.add(self._keys[n], self.env[inputs[0]])
+            self._clean.add(self._keys[n], self._value(inputs[0]))
         elif called is not None and noise_of(called) > 0.0:
-            self._clean.add(str(n.target), self._value(inputs[0]))
+            self._clean.add(self._keys[n], self._value(inputs[0]))
             # A copy, since the layer may work in place.
             other = _in_eval(called, self._value(inputs[0]).clone())
         elif n.op.startswith("call_") and any(value in self._other for value in inputs):
@@ -288,30 +298,32 @@ def _in_eval(layer: nn.Module, x: Tensor) -> Tensor:
     return value
 
 
-def _measure(module: fx.GraphModule, model: nn.Module, seen: list[Seen], data: Any) -> _Measured:
+def _measure(
+    module: fx.GraphModule, model: nn.Module, seen: list[Seen], given: Iterable[Any]
+) -> _Measured:
     """Run the data through the network in each mode."""
     evaluating, training = (_own_buffers(module) for _ in range(2))
     evaluating.eval()
     if not model.training:
         training.train()
-    nodes = {node.name: str(node.target) for node in module.graph.nodes}
-    norms = {str(found.node.target) for found in seen}
-    drops = {nodes[name] for found in seen for name in found.dropouts}
+    keys = call_keys(module.graph)
+    named = {node.name: node for node in module.graph.nodes}
+    norms = {keys[found.node] for found in seen}
+    drops = {keys[named[name]] for found in seen for name in found.dropouts}
     sums = _Sums(norms), _Sums(norms), _Sums(norms | drops)
-    for path in norms:
-        evaluating.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, mine=path: sums[0].add(mine, args[0])
-        )
     with torch.no_grad(), torch.random.fork_rng():
-        for batch in batches(data):
-            run_batch(evaluating, batch)
-            _Twice(training, graphs(module)[-1], *sums[1:]).run(
-                *arguments(module, batch[1] or batch[0])
-            )
+        for batch in given:
+            inputs = arguments(module, batch[1] or batch[0])
+            _run(_Twice(evaluating, module.graph, sums[0], _Sums(set())), inputs)
+            _run(_Twice(training, graphs(module)[-1], *sums[1:]), inputs)
     return _Measured(*(each.moments() for each in sums))
 
 
-def _own_buffers(module: fx.GraphModule) -> Any:
+def _run(network: _Twice, inputs: tuple[Any, ...]) -> None:
+    run_batch(network.run, (inputs, {}))
+
+
+def _own_buffers(module: nn.Module) -> Any:
     """Return a clone with buffers of its own, to which a forward may write."""
     clone = clone_structure(module)
     for layer in clone.modules():

@@ -153,6 +153,26 @@ def test_a_factor_that_nothing_can_take_keeps_the_form(case: str) -> None:
     assert reason in result.skipped[0].reason
 
 
+@pytest.mark.parametrize("mode", ["row", "subset", "batch"])
+@pytest.mark.parametrize("form", ["gaussian", "uniform", "monte-carlo"])
+def test_inserted_drop_path_of_every_mode(mode: str, form: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.relu(self.conv(x))
+
+    net = ds.retrofit(Block(), 0.5, mode=mode)  # type: ignore[arg-type]
+    converted = convert(net, form)
+    units = [getattr(m, "units", None) for m in converted.modules()]
+    assert ("batch" if mode == "batch" else "row") in units
+    # One draw for a mini-batch is the same twice in a row half of the time.
+    assert any(is_random(converted) for _ in range(30))
+    assert convert(converted, "original").code == net.code
+
+
 def test_uniform_noise_matches_the_variance_or_has_the_beta_given() -> None:
     model = nn.Sequential(nn.Identity(), nn.Dropout(0.3)).double()
     x = torch.full((100_000,), 2.0, dtype=torch.float64)
@@ -266,6 +286,13 @@ def test_parameters_survive_json() -> None:
     assert ConvertDropout.from_json(data) == item
     # What earlier versions wrote.
     assert ConvertDropout.from_json({"to": "gaussian", "always_on": True}).where is None
+
+
+def test_a_callable_that_changed_nothing_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    item = ds.ConvertDropout("classic", where=lambda drop: drop.rate == 0.5)
+    net = ds.apply(model, item).module
+    assert ds.load(ds.save(net, tmp_path), model).code == net.code
 
 
 def test_other_surgery_in_between() -> None:

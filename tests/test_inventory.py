@@ -163,6 +163,26 @@ def test_the_drops_of_timm_and_torchvision() -> None:
     )} == {"dropout", "aux1.dropout", "aux2.dropout"}  # fmt: skip
 
 
+def test_the_layers_of_this_library() -> None:
+    layers = ds.layers
+    model = nn.Sequential(
+        layers.Dropout2d(0.1), layers.GaussianDropout(0.2), layers.UniformDropout.matching(0.3),
+        layers.ClassicDropout(0.4), layers.MonteCarloDropout(0.5), ds.DropPath(0.6),
+        layers.DropBlock2d(0.1), layers.WeightedChannelDropout(0.2), layers.Cutout(2),
+    )  # fmt: skip
+    assert [(form, rate, runs) for _, form, rate, runs in found(model)] == [
+        ("channel dropout", 0.1, "in training"),
+        ("gaussian dropout", 0.2, "in training"),
+        ("uniform dropout", 0.3, "in training"),
+        ("classic dropout", 0.4, "in training"),
+        ("monte-carlo dropout", 0.5, "always"),
+        ("drop path", 0.6, "in training"),
+        ("drop block", 0.1, "in training"),
+        ("weighted channel dropout", 0.2, "in training"),
+        ("cutout", 1.0, "in training"),
+    ]
+
+
 def test_a_network_without_randomness_and_one_whose_rates_are_zero() -> None:
     assert not ds.find_drops(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
     assert found(nn.Sequential(nn.Dropout(0.0)), zero=True) == [

@@ -196,6 +196,18 @@ def test_attention_draws_in_a_session_as_in_torch(tmp_path: Path) -> None:
     assert mc_onnx.compare(reference, own).ok
 
 
+def test_slim_keeps_noise_that_is_meant_for_eval() -> None:
+    net = ds.apply(Attends().eval(), ds.ConvertDropout("monte-carlo")).module
+    slim = ds.slim(net)
+    kinds = [type(m).__name__ for m in slim.modules()]
+    assert kinds.count("MonteCarloDropout") == 4
+    assert kinds.count("MonteCarloMultiheadAttention") == 2
+    x = torch.randn(2, 5, 4)
+    assert not torch.equal(slim(x), slim(x))
+    off = ds.apply(net, ds.ConvertDropout("identity")).module
+    assert torch.equal(off(x), off(x))
+
+
 def net_of(net: Any) -> nn.Module:
     return ds.apply(net, ds.ConvertDropout("original")).module
 

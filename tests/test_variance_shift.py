@@ -131,6 +131,34 @@ def test_residual_sums_add_noise() -> None:
         assert shift.by_dropout == pytest.approx(shift.predicted, abs=0.03)
 
 
+def test_padding_and_layers_that_are_called_twice() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(8)
+            self.last, self.drop = nn.BatchNorm2d(8), nn.Dropout(0.5)
+            self.conv1 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm2(self.conv1(self.drop(self.norm1(x))))
+            return self.last(self.conv2(self.drop(x + 3)))
+
+    torch.manual_seed(1)
+    shifts = list(ds.find_variance_shift(Small(), [normal(2000, 4, 3, 3)]))
+    assert [shift.path for shift in shifts] == ["norm2", "last"]
+    for shift in shifts:
+        # Without the padding in mind, two taps of three would count too much.
+        assert shift.predicted == pytest.approx(shift.by_dropout, rel=0.05)
+
+
+def test_a_maximum_of_noise_has_no_rule() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.MaxPool2d(2), nn.BatchNorm2d(3))
+    (shift,) = ds.find_variance_shift(model, [normal(64, 3, 4, 4)])
+    assert shift.predicted is None
+    assert shift.by_dropout is not None
+
+
 def test_what_has_no_rule_is_not_predicted_and_still_measured() -> None:
     class Odd(Direct):
         def forward(self, x: Tensor) -> Tensor:

@@ -54,8 +54,10 @@ class Drop:
         kind: the layer's class, or the function's or method's name; both for a raw draw in the
             code of a layer.
         form: what kind of noise: "dropout", "channel dropout", "alpha dropout", "drop path",
-            "drop block", "patch dropout", "attention dropout", "recurrent dropout", "noise" (our
-            other layers), "random activation", "random pooling", "function dropout", "raw draw".
+            "drop block", "patch dropout", "attention dropout", "recurrent dropout", "random
+            activation", "random pooling", "function dropout", "raw draw"; of dropsurgery's own
+            layers also "gaussian dropout", "uniform dropout", "classic dropout", "monte-carlo
+            dropout", "dropconnect", "weighted channel dropout", "cutout" and "noise" (any other).
         rate: the probability of dropping, in [0, 1]; None where there is none or it is computed.
         runs: "in training" (follows train() and eval()), "always", "never" (its flag is fixed at
             False), "in eval", or "fixed by tracing" (Python's and numpy's generators).
@@ -282,12 +284,24 @@ def attention_arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+_OWN_FORMS = {
+    "GaussianDropout": "gaussian dropout",
+    "UniformDropout": "uniform dropout",
+    "ClassicDropout": "classic dropout",
+    "MonteCarloDropout": "monte-carlo dropout",
+    "DropConnect": "dropconnect",
+    "WeightedChannelDropout": "weighted channel dropout",
+    "Cutout": "cutout",
+}
+
+
 def form_of_ours(layer: nn.Module) -> str | None:
     """Return the form of one of dropsurgery's own noise layers; None for any other module."""
     home = type(layer).__module__
     if not home.startswith("dropsurgery.layers.") or isinstance(layer, FollowTraining):
         return None
-    return "noise" if rate_name(layer) is not None else None
+    known = _OWN_FORMS.get(type(layer).__name__)
+    return known or ("noise" if rate_name(layer) is not None else None)
 
 
 def _of_layer(layer: nn.Module) -> Iterator[tuple[str, str, float | None, Runs]]:
@@ -326,5 +340,4 @@ def _layer_form(layer: nn.Module) -> str:
         return "drop block"
     if is_patch_dropout(layer):
         return "patch dropout"
-    ours = type(layer).__module__.startswith("dropsurgery.")
-    return "noise" if ours else _dropout_form(type(layer))
+    return _OWN_FORMS.get(type(layer).__name__) or _dropout_form(type(layer))

@@ -64,6 +64,20 @@ class Seen:
     dropouts: tuple[str, ...]
 
 
+def call_keys(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Return a key for every call of a layer: its path and its turn among the calls of that path.
+
+    Two graphs of a network name one call alike.
+    """
+    turns: dict[str, int] = {}
+    keys = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            turns[str(node.target)] = turns.get(str(node.target), 0) + 1
+            keys[node] = f"{node.target}#{turns[str(node.target)]}"
+    return keys
+
+
 def propagate(
     module: fx.GraphModule, graph: fx.Graph, measured: Mapping[str, tuple[Tensor, Tensor]]
 ) -> list[Seen]:
@@ -76,19 +90,19 @@ def propagate(
     Args:
         module: the traced network.
         graph: its graph.
-        measured: by the path of a layer, mean and variance of its *input* without the noise of
+        measured: by the key of a call, mean and variance of its *input* without the noise of
             dropout, (C,), in place of what theory makes of them; the noise is theory's.
     """
+    keys = call_keys(graph)
     moments: dict[fx.Node, Moments | None] = {}
     before: dict[fx.Node, frozenset[str]] = {}
     found = []
     for node in graph.nodes:
         called = called_module(module, node)
         noises = frozenset[str]().union(*(before[value] for value in node.all_input_nodes))
-        if called is not None and node.target in measured:
+        if keys.get(node) in measured:
             source = node.all_input_nodes[0]
-            given = measured[str(node.target)]
-            moments[source] = _with(given, moments[source], before[source])
+            moments[source] = _with(measured[keys[node]], moments[source], before[source])
         if isinstance(called, _BatchNorm):
             names = tuple(n.name for n in graph.nodes if n.name in noises) if noises else ()
             found.append(Seen(node, moments[node.all_input_nodes[0]], names))
@@ -127,14 +141,15 @@ def _moments(
     operands = [known.get(value) for value in node.all_input_nodes]
     first = operands[0] if operands else None
     if isinstance(called, _BatchNorm):
-        return _normalised(called)
+        return _normalised(called, getattr(called, "act", None))
     kind = kind_of(module, node)
     if kind is Kind.CONCAT:
         return _concat(node, known)
     weighted = read_weighted(module, node, called)
     if weighted is not None:
         standard = node.all_input_nodes[0].op == "placeholder"
-        return _weighted(weighted, first, standard=standard)
+        shares = _shares(node, called)
+        return _weighted(weighted, first, shares, standard=standard)
     if first is None:
         return None
     if called is not None and (noise := noise_of(called)) > 0.0:
@@ -146,6 +161,8 @@ def _moments(
         mean, variance = _activated(activation, first.mean, first.variance)
         _, noisy = _activated(activation, first.mean, first.variance + first.noise)
         return Moments(mean, variance, (noisy - variance).clamp(min=0.0))
+    if kind is Kind.POOL and bool(first.noise.any()):
+        return None  # a maximum prefers noise that is positive
     gate = kind is Kind.PRODUCT and len(node.all_input_nodes) == 2
     if gate or kind in (Kind.ALIAS, Kind.SLICE, Kind.POOL, Kind.DROP):
         return first
@@ -169,14 +186,45 @@ def _dropped(layer: nn.Module, noise: float, x: Moments) -> Moments:
     return Moments(scale * x.mean, scale**2 * x.variance, scale**2 * added)
 
 
-def _normalised(norm: Any) -> Moments:
+def _normalised(norm: Any, act: nn.Module | None) -> Moments | None:
+    """Return the moments behind a BatchNorm, and the activation that timm puts into it."""
     ones = torch.ones(norm.num_features, dtype=torch.float64)
     scale = ones if norm.weight is None else norm.weight.detach().cpu().double()
     shift = 0.0 * ones if norm.bias is None else norm.bias.detach().cpu().double()
-    return Moments(shift, scale.square(), 0.0 * ones)
+    if act is None or isinstance(act, nn.Identity):
+        return Moments(shift, scale.square(), 0.0 * ones)
+    if not isinstance(act, _ACTIVATIONS):
+        return None
+    return Moments(*_activated(lambda x: act(x.clone()), shift, scale.square()), 0.0 * ones)
 
 
-def _weighted(layer: Weighted, x: Moments | None, *, standard: bool) -> Moments | None:
+def _shares(node: fx.Node, called: nn.Module | None) -> Tensor | None:
+    """Return for each tap of a convolution at what share of the positions it is not on padding.
+
+    None where it pads nothing or the size of its input is not known.
+    """
+    conv: Any = called
+    shape = traced_shape(node.all_input_nodes[0])
+    if not isinstance(called, nn.Conv1d | nn.Conv2d | nn.Conv3d) or shape is None:
+        return None
+    if isinstance(conv.padding, str) or not any(conv.padding) or conv.padding_mode != "zeros":
+        return None
+    shares = torch.ones((), dtype=torch.float64)
+    axes = zip(shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    for size, kernel, stride, padding, dilation in axes:
+        if size is None:
+            return None
+        count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        places = torch.arange(count)[:, None] * stride - padding
+        places = places + torch.arange(kernel) * dilation
+        inside = ((places >= 0) & (places < size)).double().mean(0)
+        shares = shares[..., None] * inside
+    return shares.flatten()
+
+
+def _weighted(
+    layer: Weighted, x: Moments | None, shares: Tensor | None, *, standard: bool
+) -> Moments | None:
     w, bias, groups = layer.weight.detach().cpu().double(), layer.bias, layer.groups
     if layer.transposed:
         if groups != 1:
@@ -184,7 +232,8 @@ def _weighted(layer: Weighted, x: Moments | None, *, standard: bool) -> Moments 
         w = w.transpose(0, 1)
     outputs, inputs = w.shape[:2]
     taps = w.reshape(outputs, inputs, -1)
-    sums, squares = taps.sum(2), taps.square().sum(2)
+    weights = torch.ones((), dtype=torch.float64) if shares is None else shares
+    sums, squares = (taps * weights).sum(2), (taps.square() * weights).sum(2)
     if x is None and standard:
         zeros = torch.zeros(inputs * groups, dtype=torch.float64)
         x = Moments(zeros, zeros + 1.0, zeros)

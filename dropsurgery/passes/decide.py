@@ -18,10 +18,15 @@ from dropsurgery.graph.module import graphs
 from dropsurgery.graph.uses import Uses
 from dropsurgery.layers.attention import ScaledDotProductAttention
 from dropsurgery.layers.functions import FollowTraining
-from dropsurgery.layers.monte_carlo import MonteCarloDropout
+from dropsurgery.layers.monte_carlo import (
+    MonteCarloAttention,
+    MonteCarloDropout,
+    MonteCarloMultiheadAttention,
+)
 from dropsurgery.layers.noise import Units
 from dropsurgery.passes.stand_ins import Target, attention_class, stand_in, takers, units_of
 
+_MONTE_CARLO = (MonteCarloDropout, MonteCarloAttention, MonteCarloMultiheadAttention)
 # "erase" a call; make it a "plain" one; "swap" its layer; change its "class" or an "attribute";
 # multiply by a "mask" input; let a new "layer" do it.
 Action = Literal["nothing", "erase", "plain", "swap", "class", "attribute", "mask", "layer"]
@@ -74,19 +79,15 @@ class Decider:
     def decide(self, drop: Drop) -> tuple[Step, str]:
         """Return what is done to a drop, and why it is left alone, or ""."""
         node = self._named[drop.graph][drop.node]
-        step = Step("nothing", drop, f"{drop.kind} '{drop.path or drop.node}'")
+        layer = self._module.get_submodule(drop.path) if drop.path else None
+        what = _function_words(drop) if layer is None else self._words(drop, node, layer)
+        step = Step("nothing", drop, what)
         try:
-            if not drop.path:
+            if layer is None:
                 return self._function(step, node), ""
-            layer = self._module.get_submodule(drop.path)
-            step = replace(step, what=self._words(drop, node, layer))
             return self._layer(step, node, layer), ""
         except Refused as reason:
-            return self._named_step(step, node), str(reason)
-
-    def _named_step(self, step: Step, node: fx.Node) -> Step:
-        words = "" if step.drop.path else _function_words(step.drop)
-        return replace(step, what=words) if words else step
+            return step, str(reason)
 
     def _words(self, drop: Drop, node: fx.Node, layer: nn.Module) -> str:
         if isinstance(layer, FollowTraining):
@@ -106,6 +107,8 @@ class Decider:
 
     def _layer(self, step: Step, node: fx.Node, layer: nn.Module) -> Step:
         drop, identity = step.drop, self._to == "identity"
+        if identity and isinstance(layer, _MONTE_CARLO):
+            self._check_always_on()
         if isinstance(layer, FollowTraining):
             return self._flagged(step, node, layer)
         if isinstance(layer, ScaledDotProductAttention):
@@ -117,8 +120,6 @@ class Decider:
                 raise Refused("its forward hooks would be lost")
             if drop.inside:
                 return self._inside(step, layer)
-            if identity and isinstance(layer, MonteCarloDropout):
-                self._check_always_on()
             if identity and not is_classic(layer):
                 return replace(step, action="erase")
             if identity:
@@ -209,7 +210,6 @@ class Decider:
         attention = node.target is F.scaled_dot_product_attention
         if not attention and node.target not in DROPOUTS:
             raise Refused("it is no dropout: what its draws mean is not known")
-        step = replace(step, what=_function_words(step.drop))
         if step.drop.runs == "never":
             if self._to == "identity":
                 return replace(step, action="erase")

@@ -167,7 +167,8 @@ class ConvertDropout(Pass):
         return Plan(tuple(changes), tuple(skipped), tuple(steps))
 
     def _check_where(self, drops: list[Drop]) -> None:
-        if self.where is None or any(self._chosen(drop) for drop in drops):
+        # An empty tuple is what a saved surgery holds where a callable changed nothing.
+        if self.where in (None, ()) or any(self._chosen(drop) for drop in drops):
             return
         known = list(dict.fromkeys(drop.path or drop.node for drop in drops))
         raise PassError(

@@ -11,7 +11,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from dropsurgery.graph.affine import Refused, argument
-from dropsurgery.graph.drops import drops_by_place_or_content, is_classic, is_drop_path, rate
+from dropsurgery.graph.drops import (
+    drops_by_place_or_content,
+    is_classic,
+    is_drop_block,
+    is_drop_path,
+    is_patch_dropout,
+    rate,
+)
 from dropsurgery.graph.module import called_module
 from dropsurgery.graph.ops import Kind, kind_of
 from dropsurgery.graph.uses import Uses, value_readers
@@ -53,7 +60,8 @@ class Target:
 def units_of(layer: nn.Module) -> Units:
     """Return which units of a drop layer's input share a draw."""
     if is_drop_path(layer):
-        units: Any = getattr(layer, "mode", "row")
+        mode = getattr(layer, "mode", "row")
+        units: Any = mode if mode == "batch" else "row"  # "subset" drops rows, too
     elif isinstance(layer, _CHANNEL_DROPOUTS):
         units = "channel"
     else:
@@ -75,7 +83,9 @@ def stand_in(layer: nn.Module, target: Target, rank: Callable[[], int | None]) -
     if isinstance(layer, ScaledDotProductAttention):
         return _attention(layer, target)
     if drops_by_place_or_content(layer):
-        raise Refused(f"it drops regions, which has no {_NAMES[target.form]} form")
+        regions = is_drop_block(layer) or is_patch_dropout(layer)
+        what = "it drops regions" if regions else "what it drops depends on place or content"
+        raise Refused(f"{what}, which has no {_NAMES[target.form]} form")
     p, units = rate(layer), units_of(layer)
     if p == 1.0:
         raise Refused("its variance is infinite at p = 1")
