@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropsurgery.errors import ArgumentTypeError, DropsurgeryError, ModelLoadError
-from dropsurgery.graph.drops import is_drop, rate, rate_name, set_rate
+from dropsurgery.graph.drops import is_classic, is_drop, rate, rate_name, set_rate
 from dropsurgery.graph.module import HISTORY, history
 from dropsurgery.graph.trace import trace_like
 from dropsurgery.passes.base import Pass, run
@@ -55,7 +55,7 @@ def save(module: nn.Module, directory: str | os.PathLike[str]) -> Path:
         **history(module),
         "training": module.training,
         "other_mode": [path for path, m in modules if m.training != module.training],
-        "rates": {path: rate(m) for path, m in modules if is_drop(m) and rate_name(m)},
+        "rates": {path: rate(m) for path, m in modules if _is_rated(m)},
         "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         "aliases": aliases,
         "versions": {"torch": torch.__version__},
@@ -124,6 +124,10 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     _fill(module, tensors, document, source)
     _set_state(module, document, source)
     return module
+
+
+def _is_rated(layer: nn.Module) -> bool:
+    return (is_drop(layer) or is_classic(layer)) and rate_name(layer) is not None
 
 
 def _path(directory: str | os.PathLike[str]) -> Path:

@@ -133,6 +133,18 @@ def test_modes_and_rates_that_were_set_afterwards_are_kept(tmp_path: Path) -> No
     assert loaded.layer1[0].drop_path.drop_prob == 0.75
 
 
+def test_a_classic_dropouts_new_rate_is_kept(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4))
+    net = ds.apply(model, ds.ConvertDropout("classic")).module.eval()
+    (layer,) = [m for m in net.modules() if isinstance(m, ds.layers.ClassicDropout)]
+    x = torch.randn(2, 4)
+    before = net(x)
+    layer.p = 0.5
+    loaded = ds.load(ds.save(net, tmp_path), model).eval()
+    assert torch.equal(loaded(x), net(x))
+    assert not torch.equal(net(x), before)
+
+
 def test_leaves_and_inputs_are_traced_alike(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     net = ds.retrofit(ds.trace(model, leaf_modules=["layer1", type(model.layer2[0])]), 0.5)
