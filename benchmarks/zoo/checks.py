@@ -91,6 +91,10 @@ def structure(entry: Entry, row: Row) -> None:
     drops = native_drops(native)
     if not drops.hidden:
         oracle(graph, drops, row)
+        if shape is not None:  # by default there is no graph, and nothing is found
+            result = row["oracle"]
+            result["default"] = {**result["default"], "found": False, "exact": False}
+            result["option"] = {"example_inputs": list(shape), **result["option"]}
         return
     # Sites are hidden in modules that branch on sizes: example inputs answer for these.
     shape = catalogue.default_size(entry, plain)
@@ -448,10 +452,8 @@ def _by_table(
     residuals = ds.find_residuals(traced, include=include)
     rates = iter(oracle["rates"])
     where = tuple(option["where"]) if "where" in option else None
-    values = []
-    for site in residuals.sites:
-        kept = where is None or _chosen({("", 0): site}, where)
-        values.append(1.0 - next(rates) if kept else 1.0)
+    chosen = [s for s in residuals.sites if where is None or _chosen({("", 0): s}, where)]
+    values = [1.0 - next(rates) for _ in chosen]
     rule = ds.survival.table(tuple(values))
     return ds.apply(traced, insert(rule, "add", option)).module
 

@@ -133,9 +133,11 @@ def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     ]
     families = len({row["family"] for row in rows if row["source"] == "timm"})
     traced = [row for row in rows if row.get("traced")]
+    examples = sum(bool(row.get("needs_examples")) for row in traced)
     return [
         (f"models (timm: {families} families)", "", str(len(rows))),
-        ("traced", "", _share(len(traced), len(rows))),
+        (f"traced ({examples} of them only with `example_inputs`)", "",
+         _share(len(traced), len(rows))),
         ("timm, two a family: every native site found, by default or with one option", "≥ 95 %",
          _share(_count(timm, "best", "found"), len(timm))),
         ("… exact, by default or with one option", "≥ 90 %",

@@ -10,26 +10,6 @@ import fnmatch
 from collections.abc import Mapping
 
 _SITES: Mapping[str, str] = {
-    "timm:mobilevit_*": (
-        "timm registers MobileVitBlock as not traceable (its unfolding asks for the size of the "
-        "feature map), so it stays whole and its transformer layers are told as a skip."
-    ),
-    "timm:mobilevitv2_*": (
-        "timm registers MobileVitV2Block as not traceable (its unfolding asks for the size of the "
-        "feature map), so it stays whole and its transformer layers are told as a skip."
-    ),
-    "timm:tiny_vit_*": (
-        "timm registers TinyVitBlock as not traceable (it branches on the size of the feature "
-        "map), so it stays whole and is told as a skip."
-    ),
-    "timm:csatv2*": (
-        "The block's spatial gate holds a small transformer of its own (one channel, 7 by 7 "
-        "positions), whose MLP is a residual branch that the authors do not drop."
-    ),
-    "timm:swiftformer*": (
-        "EfficientAdditiveAttention adds its query to what it attended to, which is a skip inside "
-        "the attention that the authors do not drop."
-    ),
     "timm:efficientvim*": (
         "The depthwise branches are linear, so that they are sites only on request; the same "
         "request brings the depthwise branches of PatchMerging, which the authors do not drop."
@@ -45,19 +25,28 @@ _RATES: Mapping[str, str] = {
         "A mixed block splits its rate over its two attentions, 3/4 and 1/4, and gives its MLP "
         "all of it."
     ),
+    "timm:swiftformer*": (
+        "The last block of a stage begins with a local representation that is built without a "
+        "rate; its other two branches share the block's."
+    ),
+    "timm:csatv2*": (
+        "The transformer blocks at the ends of the last two stages are built without a rate; those "
+        "of the third stage stand among the blocks that are counted."
+    ),
+    "timm:mobilevit_*": (
+        "timm also drops the whole output of bottlenecks without a skip, and draws for every row "
+        "of a sample's patches in the transformers, where no axis is the batch: dropsurgery leaves "
+        "these branches alone unless asked for mode 'batch'."
+    ),
+    "timm:mobilevitv2_*": (
+        "timm also drops the whole output of bottlenecks without a skip, which no residual site is."
+    ),
     "timm:vitamin*": (
         "The rates start after the convolutional stem, whose residual blocks are at 0."
     ),
-    "timm:gcvit*": (
-        "The rates count the attention blocks alone, without the residual blocks that where= "
-        "leaves out."
-    ),
-    "timm:efficientformerv2*": (
-        "The rates count the blocks alone, without the attention downsample that where= leaves out."
-    ),
     "timm:volo*": (
         "The outlook blocks of the first stage are built without a rate, the others go on counting "
-        "from their end, and the class-attention blocks that where= leaves out are not counted."
+        "from their end."
     ),
     "timm:lowformer*": (
         "The rates count every block, also the strided ones, which have no skip; the three "
@@ -66,10 +55,6 @@ _RATES: Mapping[str, str] = {
     "timm:cpubone*": (
         "The rates count every block, also the strided ones, which have no skip; the three "
         "branches of a block are modules inside it and share its rate."
-    ),
-    "timm:davit*": (
-        "A spatial and a channel block are a pair at one rate, which per_stage gives; timm rounds "
-        "it to float32."
     ),
     "timm:poolformer*": (
         "timm drops the branch before its layer scale, dropsurgery after it: equal up to rounding."

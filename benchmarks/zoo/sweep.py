@@ -64,7 +64,12 @@ def run(
     if kept is not None:
         models = list(models)
         found = run(models, cache.with_name("structure"), structure_only=True, timeout=timeout)
-        again = [m for m, row in zip(models, found, strict=True) if not _as_was(row, kept, m)]
+        mark = fingerprint(structure_only=False)
+        again = [
+            m
+            for m, row in zip(models, found, strict=True)
+            if not _as_was(row, kept, m) or _cached(_path(cache, m), mark) is not None
+        ]
         new = run(again, cache, timeout=timeout, fresh=fresh)
         made = {entry.label: row for entry, row in zip(again, new, strict=True)}
         return [
@@ -84,7 +89,7 @@ def run(
         task = progress.add_task("zoo", total=len(models))
         for entry in models:
             progress.update(task, description=f"{entry.label:44}")
-            path = cache / f"{entry.source}-{entry.name}.json"
+            path = _path(cache, entry)
             row = None if fresh else _cached(path, mark)
             if row is None:
                 row = _isolated(context, entry, structure_only, timeout)
@@ -94,6 +99,10 @@ def run(
             rows.append(row)
             progress.advance(task)
     return rows
+
+
+def _path(cache: Path, entry: Entry) -> Path:
+    return cache / f"{entry.source}-{entry.name}.json"
 
 
 def _as_was(row: Row, kept: Mapping[str, Row], entry: Entry) -> bool:

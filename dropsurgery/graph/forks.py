@@ -17,8 +17,7 @@ from torch import fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from dropsurgery.graph.module import called_module
-from dropsurgery.graph.ops import Kind, Role, kind_of, roles
+from dropsurgery.graph.ops import Kind, Role, kind_of, module_kind, roles
 from dropsurgery.layers.attention import ScaledDotProductAttention
 
 _PASSED_BY_SKIP = frozenset(
@@ -71,14 +70,18 @@ class Flow:
         self.module = module
         self.nodes = list(graph.nodes)
         self.index = {node: position for position, node in enumerate(self.nodes)}
-        self.roles = roles(module, graph)
+        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self._kinds = {
+            node: module_kind(self.modules[str(node.target)])
+            if node.op == "call_module"
+            else kind_of(module, node)
+            for node in self.nodes
+        }
+        self.roles = roles(module, graph, self._kinds)
         self.streams: dict[fx.Node, fx.Node] = {}
-        self._kinds: dict[fx.Node, Kind] = {}
 
     def kind(self, node: fx.Node) -> Kind:
         """Return the kind of a node."""
-        if node not in self._kinds:
-            self._kinds[node] = kind_of(self.module, node)
         return self._kinds[node]
 
     def data(self, node: fx.Node) -> list[fx.Node]:
@@ -152,7 +155,7 @@ class Flow:
         return self.kind(node) is Kind.ITEM and self.kind(whole) is Kind.SPLIT
 
     def _is_batchnorm(self, node: fx.Node) -> bool:
-        called = called_module(self.module, node)
+        called = self.modules.get(str(node.target)) if node.op == "call_module" else None
         return isinstance(called, _NormBase) and self.kind(node) is Kind.LINEAR
 
     def _is_tuple(self, node: fx.Node) -> bool:
@@ -294,9 +297,7 @@ class Flow:
         if self.kind(last) is Kind.PRODUCT:
             return len(self.data(last)) > 1 and not self.elementwise(last)
         if last.op == "call_module":
-            return isinstance(
-                self.module.get_submodule(str(last.target)), ScaledDotProductAttention
-            )
+            return isinstance(self.modules[str(last.target)], ScaledDotProductAttention)
         return last.target is F.scaled_dot_product_attention
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Any
 
@@ -210,18 +210,26 @@ class Role(Enum):
 _ARITHMETIC = frozenset({Kind.ADD, Kind.SUB, Kind.PRODUCT, Kind.ITEM, Kind.SHAPE})
 
 
-def roles(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, Role]:
-    """Return the role of every node, by one walk in topological order."""
+def roles(
+    module: fx.GraphModule, graph: fx.Graph, kinds: Mapping[fx.Node, Kind] | None = None
+) -> dict[fx.Node, Role]:
+    """Return the role of every node, by one walk in topological order.
+
+    Args:
+        module: the traced module.
+        graph: one of its graphs.
+        kinds: the kind of every node, if the caller has them.
+    """
     found: dict[fx.Node, Role] = {}
     for node in graph.nodes:
-        found[node] = _role(module, node, {found[value] for value in node.all_input_nodes})
+        inputs = {found[value] for value in node.all_input_nodes}
+        found[node] = _role(node, kind_of(module, node) if kinds is None else kinds[node], inputs)
     return found
 
 
-def _role(module: fx.GraphModule, node: fx.Node, inputs: set[Role]) -> Role:
+def _role(node: fx.Node, kind: Kind, inputs: set[Role]) -> Role:
     if node.op == "placeholder":
         return Role.DATA
-    kind = kind_of(module, node)
     if kind is Kind.SHAPE and not (Role.DATA in inputs and node.target in _COMPARISONS):
         return Role.SCALAR
     if kind is Kind.CREATE:

@@ -29,7 +29,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dropsurgery.errors import ArgumentError
-from dropsurgery.graph.batch import BatchAxis, batch_axes
+from dropsurgery.graph.batch import BatchAxis, batch_axes_of
 from dropsurgery.graph.channels import traced_shape
 from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.forks import Flow, Fork
@@ -231,7 +231,7 @@ class _Analysis:
 
     def _hidden(self, node: fx.Node) -> str:
         """Return why a leaf module may hide residual adds; "" where it cannot."""
-        called = self.module.get_submodule(str(node.target))
+        called = self.flow.modules[str(node.target)]
         name = type(called).__name__
         if isinstance(called, _OPAQUE):
             return (
@@ -258,7 +258,7 @@ class _Analysis:
         """
         blocks: dict[object, int] = {}
         numbered = []
-        batch = batch_axes(self.module, self.graph) if sites else {}
+        batch = batch_axes_of(self.graph, self.flow.modules) if sites else {}
         for add, fork, nested in sites:
             path, call = owner_call(add)
             block = blocks.setdefault(_block_call(add)[1] if path else add, len(blocks) + 1)

@@ -11,10 +11,11 @@ batched: a convolution's input of unknown rank has a batch axis.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from dropsurgery.graph.affine import fetch
 from dropsurgery.graph.batch.calls import Call, Found, Parts
@@ -23,7 +24,6 @@ from dropsurgery.graph.batch.rules import rule_of
 from dropsurgery.graph.batch.sizes import BATCH_SIZE, Algebra, Size
 from dropsurgery.graph.batch.values import Place, State, Value, tensor, unknown_rank
 from dropsurgery.graph.channels import traced_shape
-from dropsurgery.graph.module import called_module
 from dropsurgery.graph.shapes import BATCH_META
 
 
@@ -42,6 +42,7 @@ class BatchAxis(NamedTuple):
     axis: int | None = None
 
 
+_AXES = [BatchAxis("axis", axis) for axis in range(8)]
 NONE, MIXED, UNKNOWN = BatchAxis("none"), BatchAxis("mixed"), BatchAxis("unknown")
 
 
@@ -55,25 +56,30 @@ def batch_axes(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, BatchAx
         module: the traced module.
         graph: one of its graphs. Nothing is run, and it is not changed.
     """
+    return batch_axes_of(graph, dict(module.named_modules(remove_duplicate=False)))
+
+
+def batch_axes_of(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, BatchAxis]:
+    """The same, for a caller who has the modules by path ("" is the root)."""
     algebra = Algebra()
     known: dict[fx.Node, Found] = {}
     for node in graph.nodes:
-        found = _follow(module, node, known, algebra)
+        found = _follow(modules, node, known, algebra)
         known[node] = _with_traced_shape(node, found, algebra)
     return {node: _summary(known[node]) for node in graph.nodes}
 
 
 def _follow(
-    module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Found], algebra: Algebra
+    modules: Mapping[str, nn.Module], node: fx.Node, known: dict[fx.Node, Found], algebra: Algebra
 ) -> Found:
     """Return what is known of a node's value, given the values before it."""
     if node.op == "placeholder":
         return unknown_rank(node.name, Place(0), (BATCH_SIZE,))
     if node.op == "get_attr":
-        value = fetch(module, str(node.target))
+        value = fetch(modules[""], str(node.target))
         sizes = [Size(size) for size in value.shape] if isinstance(value, Tensor) else []
         return tensor(node.name, sizes, State.NONE)
-    called = called_module(module, node)
+    called = modules[str(node.target)] if node.op == "call_module" else None
     call = Call(node, called, known, algebra)
     if node.op == "output":
         (result,) = node.args
@@ -90,7 +96,7 @@ def _follow(
 
 def _with_traced_shape(node: fx.Node, found: Found, algebra: Algebra) -> Found:
     """Use what is known of a node's value from example inputs: its shape, and its batch axis."""
-    shape = traced_shape(node)
+    shape = traced_shape(node) if "tensor_meta" in node.meta else None
     if shape is None or not isinstance(found, Value):
         return found
     batch = found.batch
@@ -126,5 +132,8 @@ def _summary(found: Found) -> BatchAxis:
     if not isinstance(found, Value) or found.batch is State.NONE:
         return NONE
     if isinstance(found.batch, Place):
-        return BatchAxis("axis", found.batch.axis) if found.batch.alone else MIXED
+        axis = found.batch.axis
+        if not found.batch.alone:
+            return MIXED
+        return _AXES[axis] if axis < len(_AXES) else BatchAxis("axis", axis)
     return UNKNOWN if found.batch is State.UNKNOWN else MIXED

@@ -106,7 +106,7 @@ def normalised(call: Call, value: Value, axes: int) -> Value:
     """Return a value normalised over its last axes, whose sizes are fixed: none is the batch."""
     if value.whole:
         return along(call, value, range(-axes, 0))
-    return replace(value, name=call.name)
+    return value
 
 
 def layer_norm(call: Call) -> Found:

@@ -38,7 +38,7 @@ class Shape:
 Found = Value | Parts | Size | Shape | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A node with what is known of the values before it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -47,9 +48,18 @@ _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _DECODERS = (nn.TransformerDecoder, nn.TransformerDecoderLayer)
 
 
+@lru_cache(maxsize=1024)
+def _is_same(kind: type) -> bool:
+    return issubclass(kind, _SAME)
+
+
 def layer_output(call: Call, layer: nn.Module) -> Found:
     """Return what is known of a layer's output."""
     value = call.input
+    if value is not None and _is_same(type(layer)):
+        return value
+    if value is not None and isinstance(layer, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd):
+        return _plain(call, layer, value)  # most layers are one of these
     if isinstance(layer, FollowTraining):
         rule = rule_of(layer.function)
         return call.unknown() if rule is None else rule(call)
@@ -68,8 +78,6 @@ def layer_output(call: Call, layer: nn.Module) -> Found:
 
 def _plain(call: Call, layer: Any, value: Value) -> Found:
     """Layers of one tensor."""
-    if is_drop(layer) or isinstance(layer, _SAME) or is_one_of(layer, FROZEN_BATCHNORMS):
-        return replace(value, name=call.name)
     if isinstance(layer, nn.modules.conv._ConvNd):
         axes = len(layer.kernel_size)
         return windowed(call, value, axes, Size(layer.out_channels), _kept(layer, value, axes))
@@ -102,7 +110,8 @@ def _plain(call: Call, layer: Any, value: Value) -> Found:
         return along(call, value, (layer.dim,))
     if isinstance(layer, nn.GLU):
         return along(call, value, (layer.dim,), resize=True)
-    return call.unknown()
+    same = is_drop(layer) or is_one_of(layer, FROZEN_BATCHNORMS)
+    return value if same else call.unknown()
 
 
 def _kept(layer: Any, value: Value, axes: int) -> list[Size | None]:

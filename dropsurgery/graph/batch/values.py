@@ -38,7 +38,7 @@ class Place:
     @property
     def alone(self) -> bool:
         """Whether the axis is the batch and nothing else."""
-        return self.outer == self.inner == ONE
+        return self.outer == ONE and self.inner == ONE
 
     @property
     def size(self) -> Size:
@@ -175,6 +175,11 @@ def broadcast(name: str, values: Sequence[Value], algebra: Algebra) -> Value:
     """Return what an elementwise operation makes of tensors."""
     if any(value.batch is State.UNKNOWN for value in values):
         return unknown_rank(name, State.UNKNOWN)
+    first = values[0]
+    if all(v.rank == first.rank and v.sizes == first.sizes and v.batch == first.batch
+           for v in values[1:]):  # fmt: skip
+        made = all(v.place is None or v.place.made for v in values)
+        return first if first.place is None or first.place.made == made else values[-1]
     largest = _largest(values)
     if largest is None:
         still = all(value.batch is State.NONE for value in values)

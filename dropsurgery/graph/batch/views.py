@@ -30,7 +30,7 @@ from dropsurgery.graph.batch.values import (
 
 def same(call: Call) -> Found:
     """The rule of `same`."""
-    return call.unknown() if call.input is None else replace(call.input, name=call.name)
+    return call.unknown() if call.input is None else call.input
 
 
 def permute(call: Call) -> Found:
