@@ -56,7 +56,7 @@ def _is_same(kind: type) -> bool:
 def layer_output(call: Call, layer: nn.Module) -> Found:
     """Return what is known of a layer's output."""
     value = call.input
-    if value is not None and _is_same(type(layer)):
+    if value is not None and _is_same(type(layer)):  # type: ignore[arg-type]
         return value
     if value is not None and isinstance(layer, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd):
         return _plain(call, layer, value)  # most layers are one of these
