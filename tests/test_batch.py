@@ -18,7 +18,7 @@ import dropsurgery as ds
 from dropsurgery.errors import TraceError
 from dropsurgery.graph.batch import BatchAxis, batch_axes
 
-CHAINS = 60
+CHAINS = 40
 AXIS0 = BatchAxis("axis", 0)
 
 
