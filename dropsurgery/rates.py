@@ -43,25 +43,30 @@ class RateSchedule:
             raise ArgumentTypeError(
                 f"ramp must be a callable of the step, got {ramp!r}", fix="ds.ramps.linear(1000)"
             )
+        self._layers = self._find(module, where)
+        self.ramp = ramp
+        self.count = 0
+        self.final = {path: rate(layer) for path, layer in self._layers.items()}
+        self._set()
+
+    def _find(self, module: nn.Module, where: str | tuple[str, ...] | None) -> dict[str, nn.Module]:
+        """Return the layers whose rates are scheduled, by path."""
         patterns = (where,) if isinstance(where, str) else where
-        self._layers = {
+        layers = {
             path: layer
             for path, layer in module.named_modules()
             if (is_drop(layer) or is_classic(layer))
             and rate_name(layer) is not None
             and (patterns is None or any(fnmatch.fnmatchcase(path, p) for p in patterns))
         }
-        if not self._layers:
+        if not layers:
             raise PassError(
                 "the network has no drop layer with a rate"
                 if patterns is None
                 else f"where={where!r} matches no drop layer",
                 fix="ds.find_drops(module) lists them",
             )
-        self.ramp = ramp
-        self.count = 0
-        self.final = {path: rate(layer) for path, layer in self._layers.items()}
-        self._set()
+        return layers
 
     def step(self) -> None:
         """Count one training step and set the rates of the next."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch.distributed as dist
 from torch import fx, nn
 
 from dropsurgery import survival as rules
-from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
-from dropsurgery.graph.drops import is_drop_path, rate, set_rate
+from dropsurgery.errors import ArgumentTypeError, PassError
+from dropsurgery.graph.drops import is_drop_path, set_rate
 from dropsurgery.graph.module import HISTORY, graphs, history
 from dropsurgery.graph.residual import analyse
 from dropsurgery.layers.draws import Draws
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.passes.drop_path import InsertDropPath
 from dropsurgery.ramps import Ramp
-from dropsurgery.survival import check_probability
+from dropsurgery.rates import RateSchedule
 
 
 def set_survival(module: nn.Module, rule: rules.Rule) -> None:
@@ -66,7 +65,7 @@ def set_survival(module: nn.Module, rule: rules.Rule) -> None:
         set_rate(traced.get_submodule(path), drop_prob)
 
 
-class SurvivalSchedule:
+class SurvivalSchedule(RateSchedule):
     """Lets the drop probabilities of a network's drop paths grow, or end, over training.
 
     At step t every drop path has its final rate times `ramp(t)`. The first step's rates are set at
@@ -85,52 +84,15 @@ class SurvivalSchedule:
     def __init__(
         self, module: nn.Module, ramp: Ramp, *, survival: rules.Rule | None = None
     ) -> None:
-        if not callable(ramp):
-            raise ArgumentTypeError(
-                f"ramp must be a callable of the step, got {ramp!r}", fix="ds.ramps.linear(1000)"
-            )
         if survival is not None:
             set_survival(module, survival)
-        self._layers = drop_paths(module)
-        if not self._layers:
+        super().__init__(module, ramp)
+
+    def _find(self, module: nn.Module, where: str | tuple[str, ...] | None) -> dict[str, nn.Module]:
+        layers = drop_paths(module)
+        if not layers:
             raise PassError("the network has no drop path", fix="ds.retrofit(model) puts it in")
-        self.ramp = ramp
-        self.count = 0
-        self.final = {path: rate(layer) for path, layer in self._layers.items()}
-        self._set()
-
-    def step(self) -> None:
-        """Count one training step and set the rates of the next."""
-        self.count += 1
-        self._set()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step and the final rates (the ramp itself is the caller's to build again)."""
-        return {"step": self.count, "final": dict(self.final)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same network stood.
-
-        Raises:
-            ArgumentError: the state is of another network, or damaged.
-        """
-        final = state.get("final", {})
-        if final.keys() != self.final.keys():
-            odd = sorted(set(final) ^ set(self.final))[0]
-            raise ArgumentError(
-                f"the state is of another network: only one of them has a drop path '{odd}'"
-            )
-        count = state.get("step")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ArgumentError(f"step must be an integer of at least 0, got {count!r}")
-        self.final = {path: check_probability(p, f"'{path}'") for path, p in final.items()}
-        self.count = count
-        self._set()
-
-    def _set(self) -> None:
-        share = check_probability(self.ramp(self.count), f"the ramp at step {self.count}")
-        for path, layer in self._layers.items():
-            set_rate(layer, self.final[path] * share)
+        return layers
 
 
 def seed_drop_paths(module: nn.Module, seed: int, *, per_rank: bool = False) -> Draws:

@@ -182,7 +182,9 @@ def test_what_a_schedule_refuses() -> None:
     schedule = ds.SurvivalSchedule(net, ds.ramps.linear(4))
     state = schedule.state_dict()
     final = {k: v for k, v in state["final"].items() if not k.startswith("blocks.3")}
-    with pytest.raises(ds.errors.ArgumentError, match=r"only one of them has .* 'blocks\.3"):
+    with pytest.raises(
+        ds.errors.ArgumentError, match=r"only one of the two schedules has 'blocks\.3"
+    ):
         schedule.load_state_dict({**state, "final": final})
     for step in (-1, 1.5, True, None):
         with pytest.raises(ds.errors.ArgumentError, match="step must be an integer of at least 0"):
