@@ -392,7 +392,7 @@ def test_what_can_only_be_masked_is_said() -> None:
     assert all("mode 'row' (computed and masked: 'add" in c.what for c in result.changes)
     assert lowered(result.module) == 0
     result = ds.apply(Stack(Mlp), ds.InsertDropPath(ds.survival.linear(0.99), mode="subset"))
-    assert "masked: it drops less than the break-even 0.05" in result.changes[0].what
+    assert "masked: it drops less than the break-even 0.1" in result.changes[0].what
 
 
 def test_bad_break_even() -> None:

@@ -185,7 +185,7 @@ def test_nothing_is_pickled_and_the_json_is_readable(tmp_path: Path) -> None:
             "where": None,
             "include": [],
             "count": "all",
-            "break_even": 0.05,
+            "break_even": 0.1,
         }
     ]
 

@@ -17,7 +17,7 @@ Mode = Literal["row", "subset", "batch"]
 
 # Below this drop probability computing a subset costs more than it saves; measured by
 # benchmarks/train_step.py --break-even.
-BREAK_EVEN = 0.05
+BREAK_EVEN = 0.1
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
 
