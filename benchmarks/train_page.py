@@ -36,6 +36,8 @@ def write(results: Path) -> None:
         "really run, and takes the mean). The paper's linear rule. "
         f"{document['about']}.",
     ]
+    if "note" in document:
+        parts.append(f"**{document['note']}**")
     for final in ("0.5", "0.8"):
         parts += [f"## p_L = {final}", steps_table(document["steps"], final)]
     parts += ["## In sum", summary(document["steps"]), PUBLISHED]
