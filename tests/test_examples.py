@@ -67,7 +67,7 @@ def test_every_example_is_run_here() -> None:
     assert names == {name.removeprefix("test_") for name in globals() if name[5:] in names}
 
 
-def test_train_ddp_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_train_ddp(tmp_path: Path) -> None:
     script = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     small = ("--steps", "2", "--batch", "8", "--checkpoint", str(tmp_path / "run.pt"))
     for epoch in (0, 1):
