@@ -16,7 +16,7 @@ from dropsurgery.graph.drops import is_drop_path, rate
 from dropsurgery.graph.lower import region_of, working_calls
 from dropsurgery.graph.module import called_module, graphs, module_path
 from dropsurgery.graph.region import NoRegion, Region, Regions
-from dropsurgery.graph.shapes import with_fake_buffers
+from dropsurgery.graph.shapes import PlainArguments, with_fake_buffers
 from dropsurgery.graph.trace import arguments, trace
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.tables import render
@@ -173,7 +173,7 @@ def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
     return count / batch, ""
 
 
-class _Counter(fx.Interpreter):
+class _Counter(PlainArguments):
     """Runs a graph on fake tensors, and writes down what each node costs."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, counter: FlopCounterMode) -> None:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dropsurgery as ds
@@ -627,3 +627,23 @@ def test_leaf_modules_that_do_not_exist_are_refused() -> None:
         ds.trace(nn.Linear(2, 2), leaf_modules=[3])
     with pytest.raises(ArgumentTypeError, match="a sequence of modules, got 3"):
         ds.trace(nn.Linear(2, 2), leaf_modules=3)  # type: ignore[arg-type]
+
+
+def shifted(sizes: list[int], by: int) -> list[int]:
+    """A function that writes into its argument, as torchvision's 3-d Swin has one."""
+    sizes[0] += by
+    return sizes
+
+
+fx.wrap("shifted")
+
+
+def test_example_inputs_with_a_function_that_writes_into_a_list() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(shifted([0, 6], x.shape[0]))
+
+    traced = ds.trace(Net(), example_inputs=(torch.randn(2, 3, 2),))
+    (view,) = [node for node in traced.graph.nodes if node.target == "reshape"]
+    assert view.meta["tensor_meta"].shape == (2, 6)
+    assert traced(torch.randn(4, 6, 1)).shape == (4, 6)

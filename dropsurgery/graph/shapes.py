@@ -22,7 +22,26 @@ from dropsurgery.graph.module import describe, graphs
 BATCH_META = "dropsurgery_batch_axis"
 
 
-class _Shapes(ShapeProp):
+class PlainArguments(fx.Interpreter):
+    """Runs a graph as its code does: functions get lists that they may write to."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a node, none of them one of fx's immutable lists."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, fx.immutable_collections.immutable_list):
+        return [_plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class _Shapes(PlainArguments, ShapeProp):
     """ShapeProp that says at which node of the user's network a shape did not fit."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -120,7 +139,7 @@ def _shapes_at(
     """Return shapes at another batch size; of no node where the network does not take it."""
     found: dict[fx.Node, tuple[int, ...]] = {}
 
-    class Probe(fx.Interpreter):
+    class Probe(PlainArguments):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, Tensor):
