@@ -237,7 +237,7 @@ class _Builder:
             inner.write(node)
         inner.graph.output(inner.see(region.branch, ()))
         copied = self._may_be_written(region)
-        run = _runner(compile_graph(inner.graph), region.in_place, copied)
+        run = _runner(compile_graph(inner.graph)[0], region.in_place, copied)
         layer = self.graph.get_attr(str(call.target))
         module = self.graph.get_attr(ITSELF)
         values = [self.see(value, chain) for value in inner.inputs]
@@ -257,13 +257,13 @@ def _draw_rows(layer: DropPath, x: Tensor, axis: int) -> Rows | None:
     return layer.rows(x, axis)
 
 
-def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """Return the function (module, *inputs) → value that a graph describes."""
+def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """Return the function (module, *inputs) → value that a graph describes, and its code."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<dropsurgery: lowered graph>", "exec"), namespace)
     forward: Callable[..., Any] = namespace["forward"]
-    return forward
+    return forward, code.src
 
 
 def _runner(branch: Callable[..., Any], in_place: bool, copied: bool) -> Callable[..., Tensor]:

@@ -43,8 +43,7 @@ class TracedModule(fx.GraphModule):
         lowered = lower(self, self._graph)
         self.__dict__["_runs"] = ""
         if lowered is not None:
-            type(self).forward = compile_graph(lowered)
-            self.__dict__["_runs"] = lowered.python_code("self").src
+            type(self).forward, self.__dict__["_runs"] = compile_graph(lowered)
         return code
 
     @property

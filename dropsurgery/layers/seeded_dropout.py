@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from dropsurgery.layers.noise import check_generator, check_input, check_rate, drop
 
 
-class Dropout(nn.Dropout):
+class _Seeded(nn.modules.dropout._DropoutNd):
+    """What the layers here add to torch's: a checked rate below 1, and a generator."""
+
+    generator: torch.Generator | None
+
+    def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(check_rate(p))
+        self.generator = check_generator(generator)
+
+
+class Dropout(_Seeded, nn.Dropout):
     """Inverted dropout of single elements.
 
     Hinton et al., "Improving neural networks by preventing co-adaptation of feature detectors",
@@ -28,12 +38,6 @@ class Dropout(nn.Dropout):
             that is not floating point.
     """
 
-    generator: torch.Generator | None
-
-    def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(check_rate(p))
-        self.generator = check_generator(generator)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` with elements dropped (training) or as it is (eval)."""
         if not self.training or self.p == 0.0:
@@ -42,7 +46,7 @@ class Dropout(nn.Dropout):
         return drop(input, tuple(input.shape), self.p, self.generator)
 
 
-class Dropout1d(nn.Dropout1d):
+class Dropout1d(_Seeded, nn.Dropout1d):
     """Inverted dropout of whole channels of (N, C, L).
 
     Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015,
@@ -62,18 +66,12 @@ class Dropout1d(nn.Dropout1d):
             another rank or not of floating point.
     """
 
-    generator: torch.Generator | None
-
-    def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(check_rate(p))
-        self.generator = check_generator(generator)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` with channels dropped (training) or as it is (eval)."""
         return _drop_channels(self, input, 3, self.generator)
 
 
-class Dropout2d(nn.Dropout2d):
+class Dropout2d(_Seeded, nn.Dropout2d):
     """Inverted dropout of whole channels of (N, C, H, W); see `Dropout1d`.
 
     Args:
@@ -81,30 +79,18 @@ class Dropout2d(nn.Dropout2d):
         generator: where the draws come from; None for the global generator.
     """
 
-    generator: torch.Generator | None
-
-    def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(check_rate(p))
-        self.generator = check_generator(generator)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` with channels dropped (training) or as it is (eval)."""
         return _drop_channels(self, input, 4, self.generator)
 
 
-class Dropout3d(nn.Dropout3d):
+class Dropout3d(_Seeded, nn.Dropout3d):
     """Inverted dropout of whole channels of (N, C, D, H, W); see `Dropout1d`.
 
     Args:
         p: drop probability, in [0, 1).
         generator: where the draws come from; None for the global generator.
     """
-
-    generator: torch.Generator | None
-
-    def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(check_rate(p))
-        self.generator = check_generator(generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` with channels dropped (training) or as it is (eval)."""

@@ -29,6 +29,7 @@ from dropsurgery.graph.uses import value_readers
 from dropsurgery.layers.drop_path import BREAK_EVEN, DropPath, Mode, check_mode
 from dropsurgery.passes.base import Change, Pass, Plan
 from dropsurgery.passes.saved_work import SavedWork
+from dropsurgery.passes.where import check_where
 from dropsurgery.survival import check_probability
 
 _NOT_THE_BATCH = (
@@ -111,16 +112,8 @@ class InsertDropPath(Pass):
                 f"survival is a rule(l, L), got {self.survival!r}",
                 fix="ds.survival.linear(0.8), or any function of l and L",
             )
-        if isinstance(self.where, list):
-            object.__setattr__(self, "where", tuple(self.where))
-        names = self.where if isinstance(self.where, tuple) else ()
-        if not (
-            self.where is None or isinstance(self.where, str | tuple) or callable(self.where)
-        ) or not all(isinstance(name, str) for name in names):
-            raise ArgumentTypeError(
-                f"where chooses sites by a pattern, several, or a callable, got {self.where!r}",
-                fix="'layer4.*', ('layer3.*', 'layer4.*') or lambda site: site.block > 4",
-            )
+        fix = "'layer4.*', ('layer3.*', 'layer4.*') or lambda site: site.block > 4"
+        object.__setattr__(self, "where", check_where(self.where, "sites", fix))
 
     def check(self, module: fx.GraphModule) -> None:
         """Refuse a network whose training forward is not known."""

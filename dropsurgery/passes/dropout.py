@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import fx, nn
 from torch.nn import functional as F
 
-from dropsurgery.errors import ArgumentError, ArgumentTypeError, PassError
+from dropsurgery.errors import ArgumentError, PassError
 from dropsurgery.graph.calls import bind
 from dropsurgery.graph.channels import Shapes
 from dropsurgery.graph.inventory import (
@@ -30,6 +30,7 @@ from dropsurgery.passes.conversion import Conversion, Recorder, log_of, write_lo
 from dropsurgery.passes.decide import Decider, Step
 from dropsurgery.passes.stand_ins import Target, attention_class, stand_in
 from dropsurgery.passes.undo import undo, undoable
+from dropsurgery.passes.where import check_where
 
 To = Literal["identity", "gaussian", "uniform", "classic", "inverted", "monte-carlo", "original"]
 Where = str | tuple[str, ...] | Callable[[Drop], bool] | None
@@ -113,16 +114,8 @@ class ConvertDropout(Pass):
                     f"beta goes with 'uniform', not with {self.to!r}", fix="leave beta out"
                 )
             UniformDropout(self.beta)
-        if isinstance(self.where, list):
-            object.__setattr__(self, "where", tuple(self.where))
-        names = self.where if isinstance(self.where, tuple) else ()
-        if not (
-            self.where is None or isinstance(self.where, str | tuple) or callable(self.where)
-        ) or not all(isinstance(name, str) for name in names):
-            raise ArgumentTypeError(
-                f"where chooses drops by a pattern, several, or a callable, got {self.where!r}",
-                fix="'layer4.*', ('layer3.*', 'head') or lambda drop: drop.form == 'drop path'",
-            )
+        fix = "'layer4.*', ('layer3.*', 'head') or lambda drop: drop.form == 'drop path'"
+        object.__setattr__(self, "where", check_where(self.where, "drops", fix))
 
     def plan(self, module: fx.GraphModule) -> Plan:
         """List every drop, and what becomes of it."""

@@ -32,12 +32,12 @@ from dropsurgery.passes.insert_choice import (
     Kinds,
     Where,
     check_kinds,
-    check_where,
     choose,
     find_spots,
     output_of,
     parted_from,
 )
+from dropsurgery.passes.where import check_where
 
 # A place and the form that the layer takes there (spatial axes, for those that have forms).
 Places = tuple[tuple[str, int], ...]
@@ -90,7 +90,8 @@ class Insertion(Pass):
     def __post_init__(self) -> None:
         object.__setattr__(self, "before", check_kinds(self.before, "before"))
         object.__setattr__(self, "after", check_kinds(self.after, "after"))
-        object.__setattr__(self, "where", check_where(self.where))
+        fix = "'layer4.*', ('layer3.*', 'layer4.*') or lambda spot: spot.index > 2"
+        object.__setattr__(self, "where", check_where(self.where, "places", fix))
         if self.places is not None:
             places = tuple((str(node), int(form)) for node, form in self.places)
             object.__setattr__(self, "places", places)

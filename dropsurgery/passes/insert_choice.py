@@ -111,20 +111,6 @@ def check_kinds(kinds: object, name: str) -> Kinds:
     )
 
 
-def check_where(where: object) -> Where:
-    """Return a `where`, lists as tuples, or raise where it is none."""
-    if isinstance(where, list):
-        where = tuple(where)
-    named = where if isinstance(where, tuple) else ()
-    fits = where is None or isinstance(where, str | tuple) or callable(where)
-    if not fits or not all(isinstance(name, str) for name in named):
-        raise ArgumentTypeError(
-            f"where chooses places by a pattern, several, or a callable, got {where!r}",
-            fix="'layer4.*', ('layer3.*', 'layer4.*') or lambda spot: spot.index > 2",
-        )
-    return where  # type: ignore[return-value]
-
-
 def matches(where: Where, spot: Spot) -> bool:
     """Say whether `where` chooses a spot: by its path or a pattern for it, its node's name, …"""
     if where is None:
