@@ -54,7 +54,7 @@ def check(entry: Entry, structure_only: bool = False) -> Row:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
-        row.update(status="error", error=f"{_one_line(error)} ({where})")
+        row.update(status="error", error=f"{one_line(error)} ({where})")
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 
@@ -74,7 +74,7 @@ def structure(entry: Entry, row: Row) -> None:
         row["needs_examples"] = True
     row["traced"] = isinstance(graph, fx.GraphModule)
     if not isinstance(graph, fx.GraphModule):
-        row["trace_error"] = _one_line(graph)
+        row["trace_error"] = one_line(graph)
         return
     start = time.perf_counter()
     residuals = ds.find_residuals(graph)
@@ -281,7 +281,7 @@ def _depths(graph: fx.GraphModule, unit: str, option: Mapping[str, Any]) -> tupl
 def numerics(entry: Entry, row: Row) -> None:
     """Check what the retrofit promises, and compare training outputs with the native network's."""
     torch.manual_seed(0)
-    shape, size = _smallest(entry)
+    shape, size = smallest_input(entry)
     model = catalogue.build(entry, native=False, size=size)
     assert model is not None
     randomize(model)
@@ -304,7 +304,7 @@ def numerics(entry: Entry, row: Row) -> None:
         result["train"] = _same_training(native, model, state, x, oracle, examples)
 
 
-def _smallest(entry: Entry) -> tuple[tuple[int, ...], int | None]:
+def smallest_input(entry: Entry) -> tuple[tuple[int, ...], int | None]:
     """Return the smallest input that a model takes in training, and the side to build it for."""
     probe = catalogue.build(entry, native=False) if _needs_values(entry) else None
     with torch.device("meta"):
@@ -358,7 +358,7 @@ def _promises(
     before = ds.trace(model, example_inputs=examples)
     net = ds.retrofit(model if examples is None else before, 0.5).eval()
     with torch.no_grad():
-        expected, got = list(_tensors(model(x))), list(_tensors(net(x)))
+        expected, got = list(tensors_of(model(x))), list(tensors_of(net(x)))
     result["finite"] = all(bool(torch.isfinite(t).all()) for t in expected)
     result["eval_identical"] = _identical(expected, got)
     result["keys"] = list(model.state_dict()) == list(net.state_dict())
@@ -399,7 +399,7 @@ def _training_step(
     insertion = ds.InsertDropPath(ds.survival.constant(0.5))
     net = ds.apply(model.train(), insertion, example_inputs=examples).module
     torch.manual_seed(1)
-    loss = sum(t.float().square().mean() for t in _tensors(net(x)) if t.is_floating_point())
+    loss = sum(t.float().square().mean() for t in tensors_of(net(x)) if t.is_floating_point())
     assert isinstance(loss, torch.Tensor)
     loss.backward()
     grads = [p.grad for p in net.parameters() if p.grad is not None]
@@ -461,18 +461,19 @@ def _by_table(
 def _seeded(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(2)
     with torch.no_grad():
-        return list(_tensors(model(x)))
+        return list(tensors_of(model(x)))
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an output, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -492,6 +493,7 @@ def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return worst
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
+    """Return an error as one line, without the folders of the machine."""
     text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:500]

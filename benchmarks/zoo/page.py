@@ -77,9 +77,9 @@ def write(rows: Sequence[Row], versions: dict[str, str], shown: Sequence[str] = 
         f"Written {today} with {made}.{_kept_runs(rows)}",
         INTRODUCTION,
         "## Summary",
-        _table(("", "asked", "measured"), _summary(rows)),
+        table(("", "asked", "measured"), _summary(rows)),
         "### What a retrofit promises",
-        _table(("", "models"), _promises(rows)),
+        table(("", "models"), _promises(rows)),
         "## Models that are not exact",
         _list(_not_exact(rows)),
         "## Exact, and the training output is not bit-identical by a rule",
@@ -89,10 +89,10 @@ def write(rows: Sequence[Row], versions: dict[str, str], shown: Sequence[str] = 
         "## Drop-path layers that drop no branch",
         _list(_no_branch(rows)),
         "## The 26 models of the issue",
-        _table(HEADER, [_cells(by_label[name]) for name in shown if name in by_label]),
+        table(HEADER, [_cells(by_label[name]) for name in shown if name in by_label]),
     ]
     for source in ("timm", "torchvision"):
-        parts += [f"## All {source} models", _table(HEADER, _all(rows, source))]
+        parts += [f"## All {source} models", table(HEADER, _all(rows, source))]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -356,7 +356,8 @@ def _label(row: Row) -> str:
     return f"{row['source']}:{row['name']}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines

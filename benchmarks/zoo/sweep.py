@@ -7,7 +7,8 @@ import hashlib
 import json
 import multiprocessing
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,23 +21,34 @@ from benchmarks.zoo.checks import Row, check
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # What a row depends on: the parts of the library that it calls and what asks the questions.
-USED = ("errors.py", "survival.py", "surgery.py", "layers/*.py", "graph/*.py", "passes/*.py")
+USED = ("errors.py", "survival.py", "surgery.py", "layers/*.py", "graph/**/*.py", "passes/**/*.py")
+LIBRARY = sorted(path for pattern in USED for path in (ROOT / "dropsurgery").glob(pattern))
 SOURCES = (
-    *sorted(path for pattern in USED for path in (ROOT / "dropsurgery").glob(pattern)),
+    *LIBRARY,
     *(HERE / name for name in ("catalogue.py", "checks.py", "oracle.py")),
 )
 PACKAGES = ("torch", "torchvision", "timm", "dropsurgery")
 
 
-def versions() -> dict[str, str]:
-    """Return what the results were made with."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Return what the results were made with.
+
+    Args:
+        more: packages beside those of every sweep.
+    """
+    names = (*PACKAGES, *more)
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def fingerprint(structure_only: bool) -> str:
     """Return a digest of everything that a row depends on."""
-    digest = hashlib.sha256(json.dumps([versions(), structure_only]).encode())
-    for path in SOURCES:
+    return digest_of([versions(), structure_only], SOURCES)
+
+
+def digest_of(facts: object, sources: Iterable[Path]) -> str:
+    """Return a digest of facts that JSON can hold and of the text of files."""
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -76,7 +88,30 @@ def run(
             made.get(m.label) or {**row, "run": kept[m.label]["run"], "kept": True}
             for m, row in zip(models, found, strict=True)
         ]
+    work = partial(check, structure_only=structure_only)
     mark = fingerprint(structure_only)
+    return rows_of(models, cache, work, mark, timeout=timeout, fresh=fresh)
+
+
+def rows_of(
+    models: Iterable[Entry],
+    cache: Path,
+    work: Callable[[Entry], Row],
+    mark: str,
+    *,
+    timeout: float = 300.0,
+    fresh: bool = False,
+) -> list[Row]:
+    """Let a function make one row of each model, in a process of its own, or take it from a cache.
+
+    Args:
+        models: what to make rows of.
+        cache: folder of the rows; a row with another mark is made anew.
+        work: what makes a row; a function that can be pickled, whose rows have a "status".
+        mark: stands for everything that a row depends on.
+        timeout: seconds after which a model is given up; the row says so.
+        fresh: make all rows anew.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     # The server imports torch, torchvision and timm once; every model is a fork of it.
     context = multiprocessing.get_context("forkserver")
@@ -92,7 +127,7 @@ def run(
             path = _path(cache, entry)
             row = None if fresh else _cached(path, mark)
             if row is None:
-                row = _isolated(context, entry, structure_only, timeout)
+                row = _isolated(context, entry, work, timeout)
                 row["fingerprint"] = mark
                 if row["status"] in ("ok", "error"):  # what took too long may be tried again
                     path.write_text(json.dumps(row))
@@ -137,12 +172,12 @@ def _cached(path: Path, mark: str) -> Row | None:
 def _isolated(
     context: multiprocessing.context.ForkServerContext,
     entry: Entry,
-    structure_only: bool,
+    work: Callable[[Entry], Row],
     timeout: float,
 ) -> Row:
-    """Check one model in a process of its own."""
+    """Make the row of one model in a process of its own."""
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(writer, entry, structure_only))
+    process = context.Process(target=_child, args=(writer, entry, work))
     process.start()
     writer.close()
     failed: Row = {"source": entry.source, "family": entry.family, "name": entry.name}
@@ -160,6 +195,6 @@ def _isolated(
         reader.close()
 
 
-def _child(writer: Connection, entry: Entry, structure_only: bool) -> None:
-    writer.send(check(entry, structure_only))
+def _child(writer: Connection, entry: Entry, work: Callable[[Entry], Row]) -> None:
+    writer.send(work(entry))
     writer.close()
