@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def main() -> None:
     """Run both sweeps; the whole of them writes docs/slim.md and docs/slim.json."""
     from benchmarks.slim import HERE, ours, page, peers
-    from benchmarks.zoo import catalogue, sweep
+    from benchmarks.zoo import sweep
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slim", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="a name, label or family; * and ? work")
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=sweep.ROOT / "build" / "slim")
     parser.add_argument("--output", type=Path, default=sweep.ROOT / "docs", metavar="FOLDER")
     options = parser.parse_args()
-    every = catalogue.entries()
+    every = page.entries()
     chosen = sweep.matching(every, options.only)
     if not chosen:
         parser.error(f"no model matches {options.only!r}")

@@ -48,6 +48,15 @@ HEADER = (
 )  # fmt: skip
 
 
+def entries() -> list[Entry]:
+    """Return the models of the zoo, and those that the project names beside them."""
+    found = catalogue.entries()
+    missing = set(ASKED) - {entry.name for entry in found if entry.source == "timm"}
+    for family, names in catalogue.timm_families().items():
+        found += [Entry("timm", family, name) for name in names if name in missing]
+    return found
+
+
 def exported(entries: Iterable[Entry]) -> set[str]:
     """Return the labels of the models whose ONNX files are compared."""
     first: dict[tuple[str, str], str] = {}
@@ -109,7 +118,7 @@ def _done(rows: Iterable[Row]) -> list[Row]:
 def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     done = _done(rows)
     sample = catalogue.sample()
-    first = exported(catalogue.entries())
+    first = exported(entries())
     family = [
         row
         for row in done
