@@ -30,7 +30,7 @@ def measure(entry: Entry, with_onnx: bool) -> Row:
 
     Args:
         entry: the model.
-        with_onnx: also export the slimmed network.
+        with_onnx: also export the slimmed network, if the original has BatchNorms.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def measure(entry: Entry, with_onnx: bool) -> Row:
     try:
         model, x = network(entry)
         row["slim"] = slimmed(copy.deepcopy(model).double(), x.double())
-        if with_onnx:
+        if with_onnx and row["slim"]["norms"][0]:
             with told(row, "onnx"):
                 row["onnx"] = exported(model, x)
         if row["slim"]["norms"][0]:

@@ -22,7 +22,7 @@ def measure(entry: Entry, with_onnx: bool) -> Row:
 
     Args:
         entry: the model.
-        with_onnx: also export it, and run onnxslim and onnxsim on the file.
+        with_onnx: also export it if it has BatchNorms, and run onnxslim and onnxsim on the file.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def measure(entry: Entry, with_onnx: bool) -> Row:
             row["fx"] = {"norms": norm_calls(_fused(model), x)}
         with told(row, "timm"), torch.no_grad():
             row["timm"] = {"norms": norm_calls(_reparameterized(model), x)}
-        if with_onnx:
+        if with_onnx and row["norms"]:
             onnx_tools(model, x, row)
     except TooLarge:
         row["large"] = True
