@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, DropsurgeryError, VerifyError
 from dropsurgery.graph.signature import argument_list, first_line, named_inputs, shapes, signature
 from dropsurgery.verify import providers
+from dropsurgery.verify.algebra import distance, rounded_anew
 from dropsurgery.verify.cases import (
     Case,
     Spec,
@@ -23,10 +24,12 @@ from dropsurgery.verify.cases import (
     recorded_specs,
     variations,
 )
-from dropsurgery.verify.gate import Errors, Gate, Tally, errors, trust_limit
+from dropsurgery.verify.environment import environment
+from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.onnx_file import OnnxRunner
+from dropsurgery.verify.record import Record
 from dropsurgery.verify.run import ModuleRunner
-from dropsurgery.verify.verdict import OutputVerdict, Verdict
+from dropsurgery.verify.verdict import Verdict
 
 Progress = Callable[[str], None]
 
@@ -36,6 +39,7 @@ def verify(
     candidate: str | os.PathLike[str] | nn.Module,
     inputs: Any = None,
     *,
+    surgered: nn.Module | None = None,
     provider: str = "cpu",
     seeds: Sequence[int] = (0, 1, 2),
     batch_sizes: Sequence[int] = (1, 3),
@@ -48,8 +52,14 @@ def verify(
     once. The candidate passes if the names, shapes and dtypes of its outputs are the reference's,
     if no value is NaN and infinities are the same, and if its error against float64 is at most a
     few times the reference's own (see `Gate`, also for what is too small to be seen). Integer and
-    boolean outputs must be equal. Where no output depends on the inputs, as with a head of zeros,
-    the verdict says that nothing was tested (`Verdict.tested`).
+    boolean outputs must be equal, to the reference's or to its float64 run's. Where no output
+    depends on the inputs, as with a head of zeros, the verdict says that nothing was tested
+    (`Verdict.tested`).
+
+    Surgery has a budget of its own: a candidate that is a module runs in float64 as well, where it
+    may differ from the reference by 1e-12 of the output, or by what rounding its new weights costs
+    (`Algebra`). A file that was made from a surgered network is held to both budgets when that
+    network is passed as `surgered`: reference → surgered in float64, surgered → file in rounding.
 
     Neither module is changed: both run in eval mode on clones that share their parameters, so their
     `training` flags do not matter and stay. The float64 run needs no second copy of the weights.
@@ -63,6 +73,7 @@ def verify(
             that it was traced with or that its first layer suggests: noise for even positions in
             `seeds`, waves as in photographs for odd ones. Either way one more call has inputs next
             to zero, where the reference keeps its digits on them.
+        surgered: the network that the file was exported from, where that is not the reference.
         provider: "cpu" or "cuda": what onnxruntime runs the file on. "cuda" turns TF32 off and
             raises where nodes fell back to the CPU.
         seeds: of the random inputs, or of the variations of yours.
@@ -76,18 +87,18 @@ def verify(
         ProviderError: the provider is missing, or did not get all the work.
         ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
-    _check_arguments(reference, candidate, provider)
+    _check_arguments(reference, candidate, provider, surgered)
     seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
     if gate is not None and not isinstance(gate, Gate):
         raise ArgumentTypeError(
             f"gate is a {type(gate).__name__}", fix="a Gate, or None for the default limits"
         )
-    comparison = _Comparison(reference, candidate, provider, gate or Gate(), progress)
+    comparison = _Comparison(reference, candidate, surgered, provider, gate or Gate(), progress)
     comparison.run(comparison.cases(inputs, seeds, batch_sizes))
     return comparison.verdict()
 
 
-def _check_arguments(reference: Any, candidate: Any, provider: Any) -> None:
+def _check_arguments(reference: Any, candidate: Any, provider: Any, surgered: Any) -> None:
     if not isinstance(reference, nn.Module):
         raise ArgumentTypeError(
             f"the reference is a torch.nn.Module, got {type(reference).__name__}",
@@ -97,6 +108,14 @@ def _check_arguments(reference: Any, candidate: Any, provider: Any) -> None:
         raise ArgumentTypeError(
             f"the candidate is a path or a torch.nn.Module, got {type(candidate).__name__}",
             fix="the path of an .onnx file, or a module",
+        )
+    if surgered is not None and (
+        not isinstance(surgered, nn.Module) or isinstance(candidate, nn.Module)
+    ):
+        raise ArgumentTypeError(
+            f"surgered is a {type(surgered).__name__} beside a {type(candidate).__name__}",
+            fix="surgered= is the module that an ONNX file was exported from; two modules are "
+            "compared without it",
         )
     if not isinstance(provider, str) or provider not in providers.PROVIDERS:
         raise ArgumentError(
@@ -124,17 +143,19 @@ def _whole(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 class _Comparison:
-    """One comparison while it runs."""
+    """One comparison while it runs; it keeps sums, and no outputs."""
 
     def __init__(
         self,
         reference: nn.Module,
         candidate: str | os.PathLike[str] | nn.Module,
+        surgered: nn.Module | None,
         provider: str,
         gate: Gate,
         progress: Progress | None,
     ) -> None:
-        self.model = reference
+        # The module that rounding is measured against, and the one before surgery, if there is one.
+        self.model = reference if surgered is None else surgered
         self.gate = gate
         self.progress = progress
         self.other: OnnxRunner | ModuleRunner
@@ -146,9 +167,14 @@ class _Comparison:
             self.candidate_module = None
             self.other = OnnxRunner(Path(candidate), provider)
             self.candidate_name, self.placement = os.fspath(candidate), self.other.placement
-        self.reference = ModuleRunner(reference, "reference")
-        self.tallies: dict[str, Tally] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.reference = ModuleRunner(self.model, "reference")
+        self.origin = None if surgered is None else ModuleRunner(reference, "reference")
+        after = self.candidate_module or surgered
+        self.rounded = None if after is None else rounded_anew(reference, after)
+        self.name = type(reference).__name__
+        if surgered is not None:
+            self.name += f" by way of {type(surgered).__name__}"
+        self.records: dict[str, Record] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.labels: list[str] = []
@@ -230,27 +256,59 @@ class _Comparison:
             if native is None:
                 continue
             wide = self._float64(case)
-            if case.faint and not self._keeps_digits(native, wide):
-                self._note(f"left out, the reference loses digits on it: {case.label}")
+            if left_out := self._left_out(case, native, wide):
+                self._note(f"left out, {left_out}: {case.label}")
                 continue
             self.labels.append(case.label)
             found = self._candidate(case, list(native))
             if found is None:
                 continue
             for name, output in native.items():
-                tally = self.tallies.setdefault(name, Tally(output.dtype))
-                self.shapes.setdefault(name, tuple(output.shape))
-                tally.add(output, wide[name], found[name], case.label)
+                record = self.records.setdefault(name, Record.of(name, output))
+                record.add(output, wide[name], found[name], case.label)
+            self._algebra(case, native, wide)
 
-    def _float64(self, case: Case) -> dict[str, Tensor]:
+    def _left_out(
+        self, case: Case, native: dict[str, Tensor], wide: dict[str, Tensor]
+    ) -> str | None:
+        """Return why nothing can be told from a case, or None."""
+        if any(native[name].shape != wide[name].shape for name in native):
+            return "the shape of an output depends on rounding"
+        if case.faint and not self._keeps_digits(native, wide):
+            return "the reference loses digits on it"
+        return None
+
+    def _algebra(self, case: Case, native: dict[str, Tensor], wide: dict[str, Tensor]) -> None:
+        """Compare the two modules in float64, where there are two."""
+        if self.origin is not None:
+            before = self._float64(case, self.origin)
+            if list(before) != list(wide):
+                self._problem(f"surgery turned the outputs {list(before)} into {list(wide)}")
+                return
+            pairs = {name: (before[name], wide[name]) for name in wide}
+        elif isinstance(self.other, ModuleRunner):
+            try:
+                after = self.other.float64(case)
+            except Exception as error:
+                self._note(f"no float64 run of the candidate: {first_line(error)}")
+                return
+            pairs = dict(zip(wide, zip(wide.values(), after.values(), strict=True), strict=True))
+        else:
+            return
+        for name, (exact, other) in pairs.items():
+            own = distance(wide[name], native[name])
+            self.records[name].add_algebra(exact, other, own, case.label)
+
+    def _float64(self, case: Case, runner: ModuleRunner | None = None) -> dict[str, Tensor]:
+        runner = runner or self.reference
         try:
-            return self.reference.float64(case)
+            return runner.float64(case)
         except DropsurgeryError:
             raise
         except Exception as error:
             raise VerifyError(
                 f"the reference does not run in float64: {first_line(error)}",
-                where=self.reference.name,
+                where=runner.name,
                 fix="verify on the CPU, without quantised or half-only operators",
             ) from error
 
@@ -260,10 +318,10 @@ class _Comparison:
         A network that subtracts its mean from what hardly varies is not: there the candidate's
         rounding may differ by anything. Nor does a rank or a threshold survive such inputs.
         """
-        known = [self.tallies.get(name) for name in native]
+        known = [self.records.get(name) for name in native]
         return all(
-            tally is not None and tally.keeps_digits(native[name], wide[name])
-            for name, tally in zip(native, known, strict=True)
+            record is not None and record.tally.keeps_digits(native[name], wide[name])
+            for name, record in zip(native, known, strict=True)
         )
 
     def _reference(self, case: Case) -> dict[str, Tensor] | None:
@@ -342,15 +400,20 @@ class _Comparison:
 
     def verdict(self) -> Verdict:
         """Weigh what was found."""
-        outputs = tuple(self._judge(name, tally) for name, tally in self.tallies.items())
+        outputs = tuple(
+            record.judge(self.gate, dtypes=self.reference.dtypes, rounded=self.rounded)
+            for record in self.records.values()
+        )
         if not outputs and not self.problems:
             self._problem("the network has no outputs to compare")
-        for name, tally in self.tallies.items():
-            if tally.count and not tally.varies:
-                self._note(f"'{name}' is the same for every input: nothing before it was tested")
+        for output in outputs:
+            if output.count and not output.varies:
+                self._note(
+                    f"'{output.name}' is the same for every input: nothing before it was tested"
+                )
         return Verdict(
             ok=not self.problems and all(output.ok for output in outputs),
-            reference=self.reference.name,
+            reference=self.name,
             candidate=self.candidate_name,
             provider=self.placement,
             outputs=outputs,
@@ -358,42 +421,10 @@ class _Comparison:
             notes=tuple(self.notes),
             inputs=tuple(self.labels),
             gate=self.gate,
+            environment=environment(
+                onnx_file=isinstance(self.other, OnnxRunner), device=self.reference.device
+            ),
         )
-
-    def _judge(self, name: str, tally: Tally) -> OutputVerdict:
-        found = None if tally.exact else errors(tally, self.gate)
-        share = tally.differing / tally.count if tally.count else 0.0
-        reason = tally.problem or _reason(
-            tally, found, trust_limit({tally.dtype, *self.reference.dtypes})
-        )
-        return OutputVerdict(
-            name=name,
-            ok=not reason,
-            dtype=str(tally.dtype).removeprefix("torch."),
-            shape=self.shapes[name],
-            count=tally.count,
-            reference_error=found.reference if found else None,
-            candidate_error=found.candidate if found else (share if tally.exact else None),
-            ratios=found.ratios if found else (),
-            reason=reason,
-            varies=tally.varies,
-        )
-
-
-def _reason(tally: Tally, found: Errors | None, limit: float) -> str:
-    if tally.differing:
-        return f"{tally.differing} of {tally.count} values differ"
-    if not tally.count:
-        return "" if tally.sums else "no values were compared"
-    if found is None:
-        return ""
-    if found.reference > limit:
-        return (
-            f"the reference's own error is {found.reference:.2g} of the output: "
-            "it computes too inexactly to be compared with"
-        )
-    over = [f"{r.kind} ratio {r.value:.3g} > {r.limit:.2g}" for r in found.ratios if not r.ok]
-    return "error beyond rounding: " + ", ".join(over) if over else ""
 
 
 def _positional(tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
