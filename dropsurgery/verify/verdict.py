@@ -12,6 +12,7 @@ from dropsurgery.tables import render
 from dropsurgery.verify.algebra import Algebra
 from dropsurgery.verify.figures import Figures
 from dropsurgery.verify.gate import Gate, Ratio
+from dropsurgery.verify.stochastic import ALPHA, Statistics
 
 KINDS = ("rmse", "max", "typical", "mean")
 
@@ -43,6 +44,7 @@ class OutputVerdict:
             file, against the reference's: the budget of surgery beside that of rounding. None
             where there is no such module, and for integers and booleans.
         figures: what other tools print; nothing is decided by them.
+        statistics: of an output of random networks, which is decided by them alone.
     """
 
     name: str
@@ -57,6 +59,7 @@ class OutputVerdict:
     varies: bool = True
     algebra: Algebra | None = None
     figures: Figures | None = None
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ class Verdict:
     def _lines(self, width: int, *, figures: bool = False) -> list[str]:
         lines = [f"{self.candidate} against {self.reference} on {self.provider}"]
         lines += self._outputs(width).splitlines()
-        lines += [_LEGEND, *self._algebra(), f"inputs: {'; '.join(self.inputs)}"]
+        drawn = any(output.statistics is not None for output in self.outputs)
+        lines += [*self._statistics()] if drawn else [_LEGEND, *self._algebra()]
+        lines += [f"inputs: {'; '.join(self.inputs)}"]
         if figures:
             lines += self._figures(width).splitlines()
         if self.environment:
@@ -156,6 +161,18 @@ class Verdict:
                 lines.append(
                     f"algebra of {output.name}: {algebra.error:.2g} {sign} {algebra.limit:.2g} "
                     f"in float64{basis}"
+                )
+        return lines
+
+    def _statistics(self) -> list[str]:
+        lines = []
+        for output in self.outputs:
+            if (found := output.statistics) is not None:
+                lines.append(
+                    f"{output.name} over {found.runs} runs: means differ by {found.mean:.3g}, "
+                    f"variances by {found.variance:.3g} standard errors; chance leaves "
+                    f"{found.limit:.3g} ({found.tests} tests, Bonferroni at {ALPHA:.0e}); "
+                    f"shifts of an element below {found.seen:.2g} standard deviations are not seen"
                 )
         return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dropsurgery.verify.algebra import Algebra, AlgebraTally
 from dropsurgery.verify.figures import FigureTally
 from dropsurgery.verify.gate import Errors, Gate, Tally, errors, trust_limit
+from dropsurgery.verify.stochastic import Samples, weigh
 from dropsurgery.verify.verdict import OutputVerdict
 
 
@@ -94,6 +95,31 @@ class Record:
         if self.algebra is None or self.tally.exact:
             return None
         return self.algebra.weigh(self.tally.dtype, rounded)
+
+
+def judge_samples(
+    records: Mapping[str, Record], samples: Mapping[str, list[Samples]]
+) -> tuple[OutputVerdict, ...]:
+    """Weigh the runs of random networks, all outputs together."""
+    tests = sum(s.tests for of_output in samples.values() for s in of_output)
+    outputs = []
+    for name, of_output in samples.items():
+        found, reason = weigh(of_output, tests)
+        outputs.append(
+            OutputVerdict(
+                name=name,
+                ok=not reason,
+                dtype=str(records[name].tally.dtype).removeprefix("torch."),
+                shape=records[name].shape,
+                count=sum(s.tests // 2 for s in of_output),
+                reference_error=None,
+                candidate_error=None,
+                ratios=(),
+                reason=reason,
+                statistics=found,
+            )
+        )
+    return tuple(outputs)
 
 
 def _algebra_reason(algebra: Algebra | None, tally: AlgebraTally | None) -> str:
