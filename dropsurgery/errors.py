@@ -62,5 +62,9 @@ class VerifyError(DropsurgeryError):
     """A comparison could not be carried out (which is not the same as a failed one)."""
 
 
+class StochasticError(VerifyError):
+    """A network or a file draws random numbers, so that single runs of it cannot be compared."""
+
+
 class ProviderError(VerifyError):
     """The onnxruntime execution provider that was asked for is missing or was not used."""

@@ -24,7 +24,7 @@ LAYERS = [
     {"compute", "distributed", "monte_carlo", "rates", "recalibrate", "scale"},
     {"schedule", "surgery", "store"},
     {"variance_shift"},
-    {"export", "onnx_writer"},
+    {"export", "onnx_random", "onnx_writer"},
     {"verify"},
     {"testing"},
     {"digits", "models", "report", "inspection", "skeleton"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dropsurgery.errors import VerifyError
 from dropsurgery.graph.signature import first_line
+from dropsurgery.onnx_random import constant_readers, random_nodes, train_mode_norms
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Spec
 
@@ -41,6 +43,8 @@ class OnnxRunner:
         recorded: the names of inputs and outputs that dropsurgery's export wrote into the file, or
             None for a file of other origin.
         placement: which provider runs the nodes.
+        draws: nodes that draw random numbers.
+        train_norms: BatchNormalizations in training mode.
 
     Raises:
         VerifyError: there is no such file, or it is not an ONNX model that onnxruntime can run.
@@ -57,6 +61,8 @@ class OnnxRunner:
         self.recorded: list[str] | None = None
         if "dropsurgery.outputs" in metadata:
             self.recorded = json.loads(metadata["dropsurgery.outputs"])
+        self.draws = random_nodes(model)
+        self.train_norms = train_mode_norms(model)
         self.placement = providers.confirm(
             provider,
             self._session.get_providers(),
@@ -84,6 +90,16 @@ class OnnxRunner:
                 Spec(value.name, _DTYPES[value.type], tuple(shape), min(tables, default=2))
             )
         return specs
+
+    def frozen(self, path: str, weights: Collection[str]) -> list[str]:
+        """Return, in words, the constants that stand where a module of the network draws.
+
+        Args:
+            path: the module's path.
+            weights: names of constants that are the network's own.
+        """
+        readers = constant_readers(_read(self.path), path, weights)
+        return [f"{constant} read by {node}" for node, constant in readers]
 
     @property
     def open_batch(self) -> bool:
