@@ -62,5 +62,13 @@ class VerifyError(DropsurgeryError):
     """A comparison could not be carried out (which is not the same as a failed one)."""
 
 
+class OnnxFileError(VerifyError):
+    """An ONNX file is missing, damaged or incomplete, so that it cannot be read."""
+
+
+class UnsafeFileError(OnnxFileError):
+    """An ONNX file would reach out of its folder, or take more memory than its size explains."""
+
+
 class ProviderError(VerifyError):
     """The onnxruntime execution provider that was asked for is missing or was not used."""
