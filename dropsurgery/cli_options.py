@@ -113,6 +113,15 @@ Inputs = Annotated[
         "Hub models know theirs.",
     ),
 ]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="DROPSURGERY_KEY_FILE",
+        help="A file of 16 bytes or more that the record in the ONNX file is signed with "
+        "(HMAC-SHA256).",
+    ),
+]
 Directory = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the surgery.")
 ]
@@ -194,6 +203,18 @@ def _shape(text: str) -> tuple[int, ...]:
             f"'{text}' is not a shape", fix="sizes joined by x, without the batch: 3x224x224"
         )
     return tuple(int(size) for size in text.split("x"))
+
+
+def read_key(path: Path | None) -> bytes | None:
+    """Read a key, all of its bytes."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(
+            f"the key cannot be read: {error.strerror or error}", where=str(path)
+        ) from error
 
 
 def read_inputs(path: Path) -> tuple[torch.Tensor, ...]:

@@ -66,5 +66,13 @@ class StochasticError(VerifyError):
     """A network or a file draws random numbers, so that single runs of it cannot be compared."""
 
 
+class OnnxFileError(VerifyError):
+    """An ONNX file is missing, damaged or incomplete, so that it cannot be read."""
+
+
+class UnsafeFileError(OnnxFileError):
+    """An ONNX file would reach out of its folder, or take more memory than its size explains."""
+
+
 class ProviderError(VerifyError):
     """The onnxruntime execution provider that was asked for is missing or was not used."""

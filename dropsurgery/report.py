@@ -24,6 +24,7 @@ from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import Skip
 from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
+from dropsurgery.onnx_reader import read_onnx
 from dropsurgery.tables import render
 
 
@@ -147,9 +148,7 @@ def _drops_units(module: nn.Module) -> bool:
 
 def onnx_census(path: Path) -> Census:
     """Count what an ONNX file's main graph holds; it has no drop paths of its own."""
-    import onnx
-
-    kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    kinds = [node.op_type for node in read_onnx(path).model.graph.node]
     return Census(len(kinds), kinds.count("BatchNormalization"), kinds.count("Dropout"), 0)
 
 
@@ -217,15 +216,16 @@ def medians_in_turns(
 
 def json_text(document: Any) -> str:
     """Return a document as JSON; infinities and NaN, which JSON lacks, become null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
+    return json.dumps(finite(document), indent=2, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a document with None in the place of infinities and NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:

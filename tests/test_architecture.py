@@ -24,12 +24,12 @@ LAYERS = [
     {"compute", "distributed", "monte_carlo", "rates", "recalibrate", "scale"},
     {"schedule", "surgery", "store"},
     {"variance_shift"},
-    {"export", "onnx_random", "onnx_writer"},
+    {"export", "onnx_random", "onnx_reader", "onnx_structure", "onnx_writer"},
     {"verify"},
     {"testing"},
-    {"digits", "models", "report", "inspection", "skeleton"},
+    {"digits", "models", "report", "inspection", "provenance", "skeleton"},
     {"demo"},
-    {"cli", "cli_options", "__main__"},
+    {"cli", "cli_options", "cli_output", "__main__"},
 ]
 
 

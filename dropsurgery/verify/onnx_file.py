@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropsurgery.errors import VerifyError
+from dropsurgery.errors import OnnxFileError, VerifyError
 from dropsurgery.graph.signature import first_line
 from dropsurgery.onnx_random import constant_readers, random_nodes, train_mode_norms
+from dropsurgery.onnx_reader import OnnxFile, read_onnx
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Spec
 
@@ -47,27 +48,25 @@ class OnnxRunner:
         train_norms: BatchNormalizations in training mode.
 
     Raises:
-        VerifyError: there is no such file, or it is not an ONNX model that onnxruntime can run.
+        OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
+        VerifyError: onnxruntime cannot run it.
         ProviderError: the provider is missing, or did not get all the work.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
-        model = _read(path)
-        self._session = _session(path, provider)
+        file = read_onnx(path)
+        self._session = _session(file.real, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
-        metadata = {item.key: item.value for item in model.metadata_props}
-        self.recorded: list[str] | None = None
-        if "dropsurgery.outputs" in metadata:
-            self.recorded = json.loads(metadata["dropsurgery.outputs"])
-        self.draws = random_nodes(model)
-        self.train_norms = train_mode_norms(model)
+        self.recorded = recorded_names(file, "dropsurgery.outputs")
+        self.draws = random_nodes(file.model)
+        self.train_norms = train_mode_norms(file.model)
         self.placement = providers.confirm(
             provider,
             self._session.get_providers(),
             self._session.get_provider_graph_assignment_info(),
-            providers.shape_nodes(model.graph),
+            providers.shape_nodes(file.model.graph),
         )
 
     def specs(self, reference: nn.Module) -> list[Spec]:
@@ -98,7 +97,7 @@ class OnnxRunner:
             path: the module's path.
             weights: names of constants that are the network's own.
         """
-        readers = constant_readers(_read(self.path), path, weights)
+        readers = constant_readers(read_onnx(self.path).model, path, weights)
         return [f"{constant} read by {node}" for node, constant in readers]
 
     @property
@@ -114,31 +113,22 @@ class OnnxRunner:
         return {name: _to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
 
 
-def _read(path: Path) -> Any:
-    import onnx
-
+def recorded_names(file: OnnxFile, key: str) -> list[str] | None:
+    """Return names that an export wrote into the file, or None for a file of other origin."""
+    text = file.metadata.get(key)
+    if text is None:
+        return None
     try:
-        missing = "" if path.is_file() else "this is no file"
-        missing = missing if path.exists() else "there is no such file"
-    except OSError as error:  # a name that no file can have
-        missing = f"the file cannot be read: {error.strerror or error}"
-    if missing:
-        raise VerifyError(missing, where=str(path), fix="check the path")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has error classes of its own
-        raise _not_onnx(path, error) from error
-    if not model.graph.node and not model.graph.output:
-        raise _not_onnx(path, None)
-    return model
-
-
-def _not_onnx(path: Path, error: Exception | None) -> VerifyError:
-    return VerifyError(
-        "the file is not a complete ONNX model" + (f": {first_line(error)}" if error else ""),
-        where=f"{path} ({path.stat().st_size} bytes)",
-        fix="export it again; a download may have been cut short",
-    )
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OnnxFileError(
+            f"the metadata are damaged: {key} is {text[:80]!r}",
+            where=str(file.path),
+            fix="export it again",
+        )
+    return names
 
 
 def _session(path: Path, provider: str) -> Any:
@@ -157,8 +147,7 @@ def _session(path: Path, provider: str) -> Any:
         raise VerifyError(
             f"onnxruntime cannot load the file: {first_line(error)}",
             where=str(path),
-            fix="check that it is complete, that its .data file is beside it, and that its "
-            "operators and dtypes exist on this provider",
+            fix="check that its operators and dtypes exist on this provider",
         ) from error
     return session
 
