@@ -65,6 +65,7 @@ from dropsurgery.passes.insert_drop_block import InsertDropBlock
 from dropsurgery.passes.insert_drop_connect import InsertDropConnect
 from dropsurgery.passes.insert_dropout import InsertDropout
 from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedChannelDropout
+from dropsurgery.passes.merge_branches import MergeLinearBranches
 from dropsurgery.passes.move_dropout import MoveDropoutAfterLastNorm
 from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
@@ -95,6 +96,7 @@ __all__ = [
     "InsertDropout",
     "InsertWeightedChannelDropout",
     "L1Penalty",
+    "MergeLinearBranches",
     "MoveDropoutAfterLastNorm",
     "RateSchedule",
     "RemoveDropPath",

@@ -15,6 +15,7 @@ from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from dropsurgery.passes.inference import DropUnused, KeepEval
+from dropsurgery.passes.merge_branches import MergeLinearBranches
 
 logger = logging.getLogger("dropsurgery")
 
@@ -23,6 +24,7 @@ logger = logging.getLogger("dropsurgery")
 SLIM: tuple[Pass, ...] = (
     KeepEval(),
     ConvertDropout("identity", always_on=False),
+    MergeLinearBranches(),
     FoldBatchNorm(),
     DropUnused(),
 )
@@ -86,7 +88,7 @@ def retrofit(
 
 
 def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
-    """Return the inference graph of a network: drops gone, BatchNorm folded, ready to export.
+    """Return the inference graph of a network: drops gone, branches merged, BatchNorm folded.
 
     The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
     eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded

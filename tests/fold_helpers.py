@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropsurgery.layers import FollowTraining
-from dropsurgery.passes.base import Result, apply
+from dropsurgery.passes.base import Pass, Result, apply
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from tests.helpers import randomize
 
@@ -47,14 +47,20 @@ def ready(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def fold(
-    model: nn.Module, *inputs: Tensor, shapes: bool = False, tolerance: float = 1e-12
+    model: nn.Module,
+    *inputs: Tensor,
+    shapes: bool = False,
+    tolerance: float = 1e-12,
+    by: Pass = FoldBatchNorm(),  # noqa: B008 - passes are frozen
 ) -> Result:
-    """Fold, and hold the result to: same function, the model untouched, a graph that is sound."""
+    """Fold, or run another pass, and hold it to: same function, the model untouched, a graph that
+    is sound.
+    """
     before = copy.deepcopy(model.state_dict())
     names = dict(model.named_modules())
     with torch.no_grad():
         expected = model(*(value.clone() for value in inputs))
-    result = apply(model, FoldBatchNorm(), example_inputs=inputs if shapes else None)
+    result = apply(model, by, example_inputs=inputs if shapes else None)
     with torch.no_grad():
         actual = result.module(*(value.clone() for value in inputs))
         again = model(*(value.clone() for value in inputs))
