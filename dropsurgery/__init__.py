@@ -59,6 +59,7 @@ from dropsurgery.monte_carlo import draw_masks, mc_predict
 from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
+from dropsurgery.passes.fold_affine import FoldAffine
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from dropsurgery.passes.insert_cutout import InsertCutout
 from dropsurgery.passes.insert_drop_block import InsertDropBlock
@@ -88,6 +89,7 @@ __all__ = [
     "ConvertDropout",
     "DropPath",
     "DropsurgeryError",
+    "FoldAffine",
     "FoldBatchNorm",
     "InsertCutout",
     "InsertDropBlock",

@@ -57,6 +57,14 @@ class Shapes:
         shape = traced_shape(node) or self._known().get(node)
         return self._rank_by_cases(node) if shape is None else len(shape)
 
+    def shape(self, node: fx.Node) -> Shape | None:
+        """Return what is known of the sizes of a node's output; None where its rank is not."""
+        shape = traced_shape(node) or self._known().get(node)
+        if shape is None:
+            rank = self._rank_by_cases(node)
+            return None if rank is None else (None,) * rank
+        return shape
+
     def contradicts(self) -> bool:
         """Say whether the graph cannot run on batched inputs, nor on what it was traced with."""
         self._known()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import fx
 
@@ -19,14 +19,18 @@ class Memory:
     Args:
         module: the traced module.
         graph: one of its graphs; neither is changed.
+        fresh: nodes that are known to leave their operands alone, and to return new values.
     """
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(
+        self, module: fx.GraphModule, graph: fx.Graph, fresh: Collection[fx.Node] = ()
+    ) -> None:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.writes = {node for node in graph.nodes if _may_write(module, node)}
+        nodes = [node for node in graph.nodes if node not in fresh]
+        self.writes = {node for node in nodes if _may_write(module, node)}
         self._parent: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
+        for node in nodes:
             first = node.all_input_nodes[:1]
             if first and (node in self.writes or kind_of(module, node) in _MAY_ALIAS):
                 self.join(node, first[0])

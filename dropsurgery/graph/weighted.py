@@ -6,7 +6,7 @@ With y = s·x + t behind it, W becomes s·W over the output channels and b becom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,49 +59,91 @@ class Weighted:
         """Weight, and bias if there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    def peaks(self) -> Tensor:
-        """Return the largest |weight| of each output channel, in float64; NaN where one is NaN."""
-        weight, _ = self._by_channel(self.weight.detach())
-        axes = tuple(axis for axis in range(weight.ndim) if axis not in self._channel_axes())
-        return torch.maximum(weight.amax(axes), weight.amin(axes).neg()).double().flatten()
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
 
-    def absorb(self, affine: Affine) -> tuple[Tensor, Tensor]:
-        """Return weight and bias with `affine` in them.
+    def peaks(self, before: Affine | None = None) -> Tensor:
+        """Return the largest |weight| of each output channel, in float64; NaN where one is NaN.
+
+        Args:
+            before: a map of the input channels that the weight takes in first.
+        """
+        weight = self._view(self.weight.detach())
+        axes = tuple(range(2, weight.ndim))
+        if before is None:
+            return torch.maximum(weight.amax(axes), weight.amin(axes).neg()).double().flatten()
+        peaks = weight.new_empty(weight.shape[:2], dtype=torch.float64)
+        for old, top, inner in self._blocks(weight, peaks, self._inner(before.scale, weight)):
+            top.copy_((old.double() * inner).abs_().amax(axes))
+        return peaks.flatten()
+
+    def absorb(self, affine: Affine, before: Affine | None = None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias with the map `affine` of the output in them.
+
+        With a map s₀x + t₀ `before` the layer, s(W(s₀x + t₀) + b) + t: the weight is s·W·s₀ and
+        the bias s(b + W·t₀) + t.
 
         The arithmetic is float64, rounded once to the weight's dtype, and goes by blocks, so that
         it takes little memory beside the result. Dense strides (channels_last) are kept. (To half
         precision torch converts through float32: a value within 2⁻²⁵ of a tie may go either way.)
         """
         weight = torch.empty_like(self.weight, requires_grad=False)
-        source, shape = self._by_channel(self.weight.detach())
-        target, _ = self._by_channel(weight)
-        scale = affine.scale.view(shape).expand(source.shape)
-        axis = 1 if self.transposed else 0
-        rows = max(1, _BLOCK * source.shape[axis] // source.numel())
-        parts = (tensor.split(rows, axis) for tensor in (target, source, scale))
-        for new, old, factor in zip(*parts, strict=True):
-            new.copy_(old.double() * factor)
-        return weight, self.shifted(affine).to(weight.dtype)
+        target, source = self._view(weight), self._view(self.weight.detach())
+        shape = (*source.shape[:2],) + (1,) * (source.ndim - 2)
+        outer = affine.scale.expand(self.channels).reshape(shape)
+        if before is None:
+            for new, old, factor in self._blocks(target, source, outer):
+                new.copy_(old.double() * factor)
+        else:
+            parts = (target, source, outer, self._inner(before.scale, source))
+            for new, old, factor, inner in self._blocks(*parts):
+                new.copy_((old.double() * inner).mul_(factor))
+        return weight, self.shifted(affine, before).to(weight.dtype)
 
-    def shifted(self, affine: Affine) -> Tensor:
-        """Return the bias with `affine` in it, in float64."""
-        if self.bias is None:
-            return affine.shift
-        return affine.shift + affine.scale * self.bias.detach().double()
+    def shifted(self, affine: Affine, before: Affine | None = None) -> Tensor:
+        """Return the bias with `affine` in it (and a map `before` the layer), in float64."""
+        bias = None if self.bias is None else self.bias.detach().double()
+        if before is not None and bool(before.shift.any()):
+            source = self._view(self.weight.detach())
+            sums = source.new_empty(source.shape[:2], dtype=torch.float64)
+            parts = (source, sums, self._inner(before.shift, source))
+            for old, total, inner in self._blocks(*parts):
+                total.copy_((old.double() * inner).flatten(2).sum(-1))
+            bias = sums.flatten() if bias is None else bias + sums.flatten()
+        if bias is None:
+            return affine.shift.expand(self.channels)
+        return affine.shift + affine.scale * bias
 
-    def _channel_axes(self) -> tuple[int, ...]:
-        return (0, 2) if self.transposed else (0,)
-
-    def _by_channel(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """View a weight with its output channels on axes of their own; also the shape of a scale.
+    def _view(self, weight: Tensor) -> Tensor:
+        """View a weight as (groups, out/groups, in/groups, …).
 
         A transposed convolution's weight is (in, out/groups, …), and its groups split the input
         axis: output channel g·(out/groups) + j reads weight[in channels of group g, j].
         """
-        if not self.transposed:
-            return weight, (-1,) + (1,) * (weight.ndim - 1)
+        if weight.ndim == 1:  # of a normalisation: one factor a channel
+            return weight.view(1, -1, 1)
         split = weight.unflatten(0, (self.groups, -1))  # splitting an axis is always a view
-        return split, (self.groups, 1, weight.shape[1]) + (1,) * (weight.ndim - 2)
+        return split.transpose(1, 2) if self.transposed else split
+
+    def _inner(self, values: Tensor, weight: Tensor) -> Tensor:
+        """View values of the input channels so that they broadcast with `_view(weight)`."""
+        shape = (weight.shape[0], 1, weight.shape[2]) + (1,) * (weight.ndim - 3)
+        return values.expand(self.inputs).reshape(shape)
+
+    def _blocks(self, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield small pieces of tensors whose leading axes are (groups, out/groups or 1)."""
+        groups, rows = parts[0].shape[:2]
+        size = max(1, parts[0][0, 0].numel())  # of one row
+        some_groups, some_rows = max(1, _BLOCK // (rows * size)), max(1, _BLOCK // size)
+        for group in range(0, groups, some_groups):
+            chosen = [part[group : group + some_groups] for part in parts]
+            for row in range(0, rows, some_rows):
+                yield tuple(
+                    part if part.shape[1] != rows else part[:, row : row + some_rows]
+                    for part in chosen
+                )
 
 
 _CONVS: Mapping[type[nn.Module], int] = {
@@ -221,7 +263,7 @@ def _read_weighted_function(root: nn.Module, node: fx.Node) -> Weighted | None:
     )
 
 
-def loses_precision(weighted: Weighted, affine: Affine) -> str | None:
+def loses_precision(weighted: Weighted, affine: Affine, before: Affine | None = None) -> str | None:
     """Return why the folded parameters cannot be held in the weight's dtype, or None.
 
     Overflow: a folded value is not finite. Underflow: even the largest folded weight is below the
@@ -229,8 +271,9 @@ def loses_precision(weighted: Weighted, affine: Affine) -> str | None:
     small, what they lose is at most half a unit in the last place of the layer's largest weight.)
     """
     dtype = weighted.weight.dtype
-    peaks = affine.scale.abs() * weighted.peaks()
-    if not bool(torch.cat((peaks, weighted.shifted(affine))).to(dtype).isfinite().all()):
+    peaks = affine.scale.abs() * weighted.peaks(before)
+    values = torch.cat((peaks, weighted.shifted(affine, before)))
+    if not bool(values.to(dtype).isfinite().all()):
         return f"the folded weights are not finite in {dtype}"
     largest = float(peaks.max())
     if 0.0 < largest < torch.finfo(dtype).tiny or math.isnan(largest):

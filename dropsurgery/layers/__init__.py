@@ -2,6 +2,7 @@
 
 from dropsurgery.layers.attention import GaussianMultiheadAttention, ScaledDotProductAttention
 from dropsurgery.layers.attentive_cutmix import AttentiveCutMix, Mixed
+from dropsurgery.layers.channel import ChannelScale, ChannelShift
 from dropsurgery.layers.classic_dropout import ClassicDropout
 from dropsurgery.layers.cutout import Cutout
 from dropsurgery.layers.drop_block import DropBlock2d, DropBlock3d
@@ -22,6 +23,8 @@ from dropsurgery.layers.weighted_channel_dropout import WeightedChannelDropout
 __all__ = [
     "Apply",
     "AttentiveCutMix",
+    "ChannelScale",
+    "ChannelShift",
     "ClassicDropout",
     "Cutout",
     "DropBlock2d",

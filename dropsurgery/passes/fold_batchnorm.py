@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dropsurgery.errors import PassError
 from dropsurgery.graph.affine import (
@@ -18,15 +18,15 @@ from dropsurgery.graph.affine import (
     norm_function,
     read_norm,
 )
-from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis, moves_axes
-from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.carriers import check_alone
+from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis
 from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.graph.uses import Uses, value_readers
 from dropsurgery.graph.weighted import Weighted, loses_precision, read_weighted
 from dropsurgery.passes.base import Change, Pass, Plan
-from dropsurgery.passes.edit import Editor
+from dropsurgery.passes.weight_edit import WeightEditor
 
 
 @dataclass(frozen=True)
@@ -297,16 +297,7 @@ class _Planner:
             raise Refused(
                 f"its input comes from {self.label(node)}{mode}, into which nothing can be folded"
             )
-        for tensor in weighted.tensors:
-            others = [reader.name for reader in self.uses.readers(tensor) if reader is not node]
-            if others:
-                raise Refused(
-                    f"the weight or bias of {weighted.label} is also read by {', '.join(others)}"
-                )
-        for operand in weighted.operands:
-            owner = "" if operand is None else str(operand.target).rpartition(".")[0]
-            if operand is not None and self.uses.is_run(self.modules[owner]):
-                raise Refused(f"the module '{owner}', which is called too, owns the weight")
+        check_alone(self.uses, self.modules, node, weighted)
         return _Chain(node, weighted, channel_axis(self.shapes, node, weighted))
 
     def check_axis(self, chain: _Chain, norm: Norm, source: fx.Node, axis: int | None) -> None:
@@ -399,7 +390,7 @@ class _Planner:
         return found
 
 
-class _Surgeon(Editor):
+class _Surgeon(WeightEditor):
     """Carries folds out on a module."""
 
     def fold(self, step: Fold) -> None:
@@ -421,16 +412,7 @@ class _Surgeon(Editor):
         for after in affines[1:]:
             affine = affine.then(after)
         weight, bias = weighted.absorb(affine)
-        if weighted.module is None:
-            self.set_operands(producer, weighted, weight, bias)
-        else:
-            layer = weighted.module
-            if step.copy_to is not None:
-                layer = clone_structure(layer)
-                self.module.add_submodule(step.copy_to, layer)
-            layer.weight = nn.Parameter(weight, weighted.weight.requires_grad)
-            kept = weighted.weight if weighted.bias is None else weighted.bias
-            layer.bias = nn.Parameter(bias, kept.requires_grad)
+        self.put_weights(producer, weighted, weight, bias, step.copy_to or "")
         for site in step.sites:
             for name in site.norms:
                 self.remove_norm(name)
@@ -451,37 +433,5 @@ class _Surgeon(Editor):
 
     def remove_norm(self, name: str) -> None:
         """Take a BatchNorm out; what it runs on the normalised value stays."""
-        node, norm = self.nodes[name], self.norm(name)
-        value = norm.data
-        with self.graph.inserting_before(node):
-            if moves_axes(value):
-                # A BatchNorm's output is contiguous, and `view` behind it may rely on that.
-                value = self.graph.call_method("contiguous", (value,))
-                self.place(value, node)
-            for child in norm.tail:
-                value = self.graph.call_module(f"{node.target}.{child}", (value,))
-                self.place(value, node)
-        node.replace_all_uses_with(value)
-        self.erase(node)
-
-    def set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
-        """Give a functional layer new weights."""
-        weight_node, bias_node = old.operands
-        assert weight_node is not None
-        target = str(weight_node.target)
-        self.assign(target, weight, old.weight)
-        if bias_node is not None:
-            assert old.bias is not None
-            self.assign(str(bias_node.target), bias, old.bias)
-            return
-        prefix, _, name = target.rpartition(".")
-        owner = self.module.get_submodule(prefix)
-        path = fresh_path(owner, prefix, f"{name}_bias")
-        self.assign(path, bias, old.weight)
-        with self.graph.inserting_before(node):
-            new = self.graph.get_attr(path)
-        self.place(new, node)
-        if len(node.args) > 2:
-            node.update_arg(2, new)
-        else:
-            node.update_kwarg("bias", new)
+        norm = self.norm(name)
+        self.take_map_out(self.nodes[name], norm.data, norm.tail)

@@ -1,0 +1,429 @@
+"""Deciding where each affine map of a network goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropsurgery.graph.affine import Refused
+from dropsurgery.graph.channel_maps import ChannelMap, read_map
+from dropsurgery.graph.channels import moves_axes
+from dropsurgery.graph.gauge import Gauge, Part
+from dropsurgery.graph.ledger import Deposit, LayerState, Ledger, MapState, Move, held_in
+from dropsurgery.graph.memory import Memory
+from dropsurgery.graph.module import Skip, fresh_path, module_path
+from dropsurgery.graph.transfer import Scene, Spread, is_pure
+from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.passes.base import Change, Plan
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What stands in the place of an affine map.
+
+    Attributes:
+        node: its node.
+        how: "gone"; "shift" or "scale", a single addition or multiplication; "norm", a BatchNorm
+            with another weight and bias.
+        path: the path of the module that is called now, where there is one.
+        ones: how many axes come behind the channels'.
+        dtype: the dtype of what is added or multiplied.
+    """
+
+    node: str
+    how: str
+    path: str = ""
+    ones: int = 0
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """One set of new weights.
+
+    Attributes:
+        nodes: the calls that use it.
+        copy_to: path of a new module for it, where the layer's own weights are needed elsewhere.
+    """
+
+    nodes: tuple[str, ...]
+    copy_to: str = ""
+
+
+class Planner:
+    """Plans on a graph that it does not change.
+
+    For every map y = s·x + t, in the order of the graph, its scale and its shift leave it where
+    they can: back, where that is possible, else forward. The scale goes first where it goes back
+    (what is left of the shift is then t), and last where it goes forward (so that a shift that
+    goes forward, too, need not be divided by a scale of zero). Of two ways for the scale the one
+    that touches fewer layers is taken. A map is tried again once others have gone.
+
+    Args:
+        module: the traced module.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        graph = module.graph
+        self.nodes = {node.name: node for node in graph.nodes}
+        modules: Mapping[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
+        self.ledger = Ledger(module, self.nodes, modules)
+        self.reasons: dict[str, str] = {}
+        found = self._read_maps()
+        norms = [self.nodes[name] for name, read in found.items() if read.norm is not None]
+        self.memory = Memory(module, graph, fresh=norms)
+        self.scene = Scene(module, self.ledger, self.memory)
+        for name, read in found.items():
+            self._place(name, read)
+        self.moves: list[Move] = []
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.kept: set[str] = set()
+
+    def _read_maps(self) -> dict[str, ChannelMap]:
+        found: dict[str, ChannelMap] = {}
+        off = self.module.training and isinstance(self.module, TwoModeGraphModule)
+        for name, node in self.nodes.items():
+            try:
+                read = read_map(self.module, node, self.ledger.called(node))
+                if read is not None and read.norm is not None and off:
+                    raise Refused(
+                        "the network is in training mode, where its forward is another: "
+                        "call .eval() on it first"
+                    )
+            except Refused as refused:
+                self.reasons[name] = str(refused)
+                continue
+            if read is not None and not off:
+                found[name] = read
+        return found
+
+    def _place(self, name: str, read: ChannelMap) -> None:
+        """Enter a map whose channels' axis is proved."""
+        node = self.nodes[name]
+        axis = read.axis
+        if read.norm is not None:
+            rank = self.scene.shapes.rank(read.data)
+            if read.norm.ranks is not None and rank is not None and rank not in read.norm.ranks:
+                self.reasons[name] = f"it does not take an input with {rank} axes"
+                return
+        elif axis is not None:
+            shape = self.scene.shapes.shape(read.data)
+            count = len(read.affine.scale)
+            if shape is None or len(shape) < -axis or shape[axis] != count:
+                return
+            if self._broadcasts(node, read, len(shape)):
+                return
+            axis += len(shape)
+        self.ledger.add_map(name, read, axis)
+
+    def _broadcasts(self, node: fx.Node, read: ChannelMap, rank: int) -> bool:
+        """Say whether the constant gives the value more axes than it has."""
+        out = self.scene.shapes.rank(node)
+        return out is not None and out != rank
+
+    def plan(self) -> Plan:
+        """Return what is done with each map, in the order of the graph."""
+        pending = [name for name in self.nodes if name in self.ledger.maps]
+        for _ in range(3):
+            before = len(self.moves)
+            for name in pending:
+                if not self.ledger.maps[name].is_gone:
+                    self._try(name)
+            if len(self.moves) == before:
+                break
+        writes, rewrites = self._writes(), self._rewrites()
+        steps = (*self.moves, *writes, *rewrites)
+        return Plan(tuple(self._changes(writes, rewrites)), tuple(self._skips()), steps)
+
+    # --- one map --------------------------------------------------------------------------------
+
+    def _try(self, name: str) -> None:
+        """Move what can be moved of one map; take all of it back where that is no gain."""
+        state = self.ledger.maps[name]
+        if name in self.kept:
+            return
+        undo: list[dict[str, MapState | LayerState]] = []
+        count = len(self.moves)
+        reasons: list[str] = []
+        if state.scales and not self._move(name, "scale", (False,), undo, reasons):
+            if state.shifts:
+                self._move(name, "shift", (True,), undo, reasons)
+            self._move(name, "scale", (True,), undo, reasons)
+        if self.ledger.maps[name].shifts:
+            self._move(name, "shift", (False, True), undo, reasons)
+        if len(self.moves) == count:
+            self.reasons[name] = "; ".join(dict.fromkeys(reasons))
+            return
+        try:
+            self._check_result(name)
+        except Refused as refused:
+            for old in reversed(undo):
+                self.ledger.restore(old)
+            del self.moves[count:]
+            self.reasons[name] = str(refused)
+            self.kept.add(name)
+            return
+        self.reasons[name] = "; ".join(dict.fromkeys(reasons))
+
+    def _move(
+        self,
+        name: str,
+        part: Part,
+        ways: tuple[bool, ...],
+        undo: list[dict[str, MapState | LayerState]],
+        reasons: list[str],
+    ) -> bool:
+        """Move a part of a map the first way that works."""
+        for forward in ways:
+            try:
+                move, dtype = self._find(name, part, forward)
+                old = self.ledger.apply(move)
+                try:
+                    self.ledger.check(old)
+                except Refused:
+                    self.ledger.restore(old)
+                    raise
+            except Refused as refused:
+                way = "forward" if forward else "back"
+                reasons.append(f"its {part} cannot go {way}: {refused}")
+                continue
+            self.moves.append(move)
+            undo.append(old)
+            if dtype is not None:
+                self.dtypes[name] = dtype
+            return True
+        return False
+
+    def _find(self, name: str, part: Part, forward: bool) -> tuple[Move, torch.dtype | None]:
+        node, state = self.nodes[name], self.ledger.maps[name]
+        vector = self._vector(name, part, forward)
+        wire = node if forward else state.read.data
+        if forward and state.read.tail:
+            self._check_tail(node, state, part, vector)
+        gauge = Gauge(state.axis, vector, part)
+        if gauge.is_identity():
+            return Move(name, part, forward, ()), None
+        spread = self.scene.spread(node, wire, gauge)
+        dtype = self._check_dtypes(state, spread, forward)
+        return Move(name, part, forward, spread.as_deposits()), dtype
+
+    def _vector(self, name: str, part: Part, forward: bool) -> Tensor:
+        state = self.ledger.maps[name]
+        scale = state.affine.scale
+        vector = self.ledger.start(name, part, forward)
+        if part == "scale":
+            if state.shifts and forward and not bool((scale != 0).all()):
+                raise Refused("it is zero for some channels")
+            return vector + 0.0  # no negative zeros
+        if not bool(vector.isfinite().all()):
+            raise Refused("the scale is zero for some channels")
+        return vector
+
+    def _check_tail(self, node: fx.Node, state: MapState, part: Part, vector: Tensor) -> None:
+        known = {node: Gauge(state.axis, vector, part)}
+        self.scene.through_map(node, replace(state, scales=True, shifts=True), known)
+
+    def _check_dtypes(self, state: MapState, spread: Spread, forward: bool) -> torch.dtype | None:
+        """Raise Refused unless all that takes part computes in one dtype, on one device."""
+        norm = state.read.norm
+        dtypes, devices = set[torch.dtype](), set[torch.device]()
+        for name, _ in spread.deposits:
+            carrier = None if name in self.ledger.maps else self.scene.carrier(self.nodes[name])
+            other = self.ledger.maps[name].read.norm if name in self.ledger.maps else None
+            for tensor in () if carrier is None else carrier.tensors:
+                dtypes.add(tensor.dtype)
+                devices.add(tensor.device)
+            for tensor in () if other is None else other.tensors:
+                devices.add(tensor.device)
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+            raise Refused(f"it would go into layers of {names}")
+        dtype = next(iter(dtypes), None)
+        if norm is not None:
+            devices |= {tensor.device for tensor in norm.tensors}
+            own = {tensor.dtype for tensor in norm.tensors}
+            half = dtype in (torch.float16, torch.bfloat16) and own == {torch.float32}
+            if dtype is not None and own != {dtype} and (norm.promotes or not half):
+                names = ", ".join(sorted(str(kind) for kind in own))
+                raise Refused(f"the layers are {dtype} and the statistics are {names}")
+            dtype = dtype or next(iter(own))
+        elif dtype is not None:
+            self._check_constant(state.read, dtype, forward)
+        if len(devices) > 1:
+            raise Refused("it is not on the device of the layers")
+        return dtype
+
+    def _check_constant(self, read: ChannelMap, dtype: torch.dtype, forward: bool) -> None:
+        """Raise Refused where a constant may change the dtype of what it is joined to."""
+        if read.dtype is not None and read.dtype != dtype:
+            raise Refused(f"the layers are {dtype} and the constant is {read.dtype}")
+        meta = read.data.meta.get("tensor_meta")
+        known = getattr(meta, "dtype", None)
+        if known != dtype and (forward or known is not None):
+            raise Refused("the dtype of its input is not known: trace with example inputs")
+
+    def _check_result(self, name: str) -> None:
+        """Raise Refused where what is left of a map costs more than the map, or is not held."""
+        state, node = self.ledger.maps[name], self.nodes[name]
+        data = state.read.data
+        if state.is_gone:
+            self._check_removal(node, data)
+            self.scene.joined(node, data)
+            return
+        rank = self.scene.shapes.rank(data)
+        if rank is None and state.read.norm is not None and state.read.norm.ranks is not None:
+            (rank,) = state.read.norm.ranks if len(state.read.norm.ranks) == 1 else (None,)
+        if rank is None:
+            raise Refused("its rank is not known, so that no part of it can stay alone")
+        if moves_axes(data):
+            raise Refused("only a part of it could move, and its input is not contiguous")
+        dtype = self.dtypes.get(name)
+        if dtype is None or not held_in(state.affine, dtype):
+            raise Refused(f"what would stay of it cannot be held in {dtype}")
+
+    def _check_removal(self, node: fx.Node, data: fx.Node) -> None:
+        """Raise Refused where a write in place would reach what others read.
+
+        The map's output was a new value. Once it is its input, what wrote into the one writes
+        into the other.
+        """
+        group = [*dict.fromkeys((*self.memory.group(node), *self.memory.group(data)))]
+        tail = self.ledger.maps[node.name].read.tail
+        inplace = any(
+            getattr(self.ledger.modules[f"{node.target}.{name}"], "inplace", False) for name in tail
+        )
+        writes = [n for n in group if n in self.memory.writes] + ([node] if inplace else [])
+        if not writes:
+            return
+        if any(value.op in ("placeholder", "get_attr") for value in group):
+            raise Refused("what is written in place behind it would be written into its input")
+        if inplace:
+            self.memory.writes.add(node)
+        readers = [value for value in group if value is not node]
+        if not is_pure(self.memory, [*readers, node]):
+            self.memory.writes.discard(node)
+            raise Refused("what is written in place behind it would be written into its input")
+
+    # --- all of them ----------------------------------------------------------------------------
+
+    def _writes(self) -> list[Write]:
+        """Return the new weights: one set for all calls of a layer that get the same."""
+        groups: list[list[str]] = []
+        by_layer: dict[int, list[list[str]]] = {}
+        for name, state in self.ledger.layers.items():
+            layer = state.carrier.module
+            found = by_layer.setdefault(id(layer or state.carrier), [])
+            for group in found:
+                if self.ledger.layers[group[0]].same(state):
+                    group.append(name)
+                    break
+            else:
+                found.append([name])
+                groups.append(found[-1])
+        taken: set[str] = set()
+        own: set[int] = set()
+        writes = []
+        for names in groups:
+            layer = self.ledger.layers[names[0]].carrier.module
+            path = ""
+            if layer is not None:
+                calls = {call.name for call in self.scene.uses.calls(layer)}
+                all_fold = calls <= set(self.ledger.layers)
+                if id(layer) in own or not all_fold or self.scene.uses.is_within(layer):
+                    path = self._fresh(str(self.nodes[names[0]].target), "folded", taken)
+                else:
+                    own.add(id(layer))
+            writes.append(Write(tuple(names), path))
+        # A copy is made of the layer as it was, so before the layer itself is written.
+        return sorted(writes, key=lambda write: not write.copy_to)
+
+    def _fresh(self, target: str, suffix: str, taken: set[str]) -> str:
+        prefix, _, name = target.rpartition(".")
+        path = fresh_path(self.ledger.modules[prefix], prefix, f"{name}_{suffix}", taken)
+        taken.add(path)
+        return path
+
+    def _rewrites(self) -> list[Rewrite]:
+        taken: set[str] = set()
+        found = []
+        for name, state in self.ledger.maps.items():
+            read, node = state.read, self.nodes[name]
+            if not state.touched and state.scales == read.scales and state.shifts == read.shifts:
+                continue
+            if state.is_gone:
+                found.append(Rewrite(name, "gone"))
+                continue
+            target = str(node.target) if node.op == "call_module" else self._own_path(node)
+            if state.scales and state.shifts:
+                found.append(Rewrite(name, "norm", self._fresh(target, "folded", taken)))
+                continue
+            how = "scale" if state.scales else "shift"
+            rank = self.scene.shapes.rank(read.data)
+            if rank is None and read.norm is not None and read.norm.ranks is not None:
+                rank = read.norm.ranks[0]
+            ones = 0 if state.axis is None or rank is None else rank - 1 - state.axis
+            dtype = str(self._dtype(name, state)).removeprefix("torch.")
+            found.append(Rewrite(name, how, self._fresh(target, how, taken), ones, dtype))
+        return found
+
+    def _own_path(self, node: fx.Node) -> str:
+        owner = module_path(node)
+        return f"{owner}.{node.name}" if owner else node.name
+
+    def _dtype(self, name: str, state: MapState) -> torch.dtype:
+        if name in self.dtypes:
+            return self.dtypes[name]
+        return state.read.dtype or torch.float32
+
+    def _skips(self) -> list[Skip]:
+        """Say why what is left of the maps is left."""
+        found = []
+        for name, reason in self.reasons.items():
+            state = self.ledger.maps.get(name)
+            if state is not None and state.is_gone:
+                continue
+            if state is not None and state.read.norm is None:
+                continue
+            node = self.nodes[name]
+            left = (
+                ""
+                if state is None or (state.scales and state.shifts)
+                else ("its scale stays: " if state.scales else "its shift stays: ")
+            )
+            found.append(Skip(module_path(node), name, f"{self.scene.label(node)}: {left}{reason}"))
+        return found
+
+    def _changes(self, writes: list[Write], rewrites: list[Rewrite]) -> list[Change]:
+        """Say for every map where its parts went."""
+        copies = {name: write.copy_to for write in writes for name in write.nodes if write.copy_to}
+        parts: dict[str, list[str]] = {}
+        for move in self.moves:
+            targets = [self._target(deposit, copies) for deposit in move.deposits]
+            where = ", ".join(dict.fromkeys(targets)) or "nothing: it changes nothing"
+            parts.setdefault(move.source, []).append(f"{move.part} into {where}")
+        results = {rewrite.node: rewrite for rewrite in rewrites}
+        changes = []
+        for name, found in parts.items():
+            node, state = self.nodes[name], self.ledger.maps[name]
+            what = f"{state.read.label}: {'; '.join(found)}"
+            if not state.is_gone:
+                verb = "multiplies" if state.scales else "adds"
+                what += f"; '{results[name].path}' only {verb}"
+            elif state.read.tail:
+                what += f"; its {' and '.join(state.read.tail)} stays"
+            changes.append(Change(module_path(node), name, what))
+        if changes and isinstance(self.module, TwoModeGraphModule):
+            gone = "the training graph was dropped: this is an inference graph"
+            changes.append(Change("", "", gone))
+        return changes
+
+    def _target(self, deposit: Deposit, copies: Mapping[str, str]) -> str:
+        label = self.scene.label(self.nodes[deposit.node])
+        copy = copies.get(deposit.node)
+        return label if copy is None else f"{label} (a copy, '{copy}')"

@@ -1,0 +1,119 @@
+"""Carrying out where each affine map goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropsurgery.errors import PassError
+from dropsurgery.graph.affine import Refused
+from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.ledger import Ledger, MapState, Move
+from dropsurgery.layers.channel import ChannelScale, ChannelShift
+from dropsurgery.passes.affine_plan import Rewrite, Write
+from dropsurgery.passes.weight_edit import WeightEditor
+
+
+class Surgeon(WeightEditor):
+    """Carries moves out on a module: first in the books, then weight by weight."""
+
+    def run(self, steps: Iterable[Any]) -> None:
+        """Carry the steps of a plan out, in their order."""
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        ledger = Ledger(self.module, self.nodes, modules)
+        for step in steps:
+            if isinstance(step, Move):
+                self.move(ledger, step)
+            elif isinstance(step, Write):
+                self.write(ledger, step)
+            else:
+                self.rewrite(ledger, step)
+
+    def move(self, ledger: Ledger, step: Move) -> None:
+        """Enter a move in the books."""
+        try:
+            ledger.read(step.source)
+            ledger.apply(step)
+        except Refused as refused:
+            raise PassError(
+                f"a node that FoldAffine is to fold cannot be: {refused}",
+                where=f"node '{step.source}'",
+                fix="the network that the surgery was saved from, in eval mode",
+            ) from None
+
+    def write(self, ledger: Ledger, step: Write) -> None:
+        """Write one set of weights."""
+        state = ledger.layers[step.nodes[0]]
+        weight, bias = state.absorbed()
+        self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
+        for name in step.nodes:
+            if step.copy_to:
+                self.retarget(self.nodes[name], step.copy_to)
+
+    def rewrite(self, ledger: Ledger, step: Rewrite) -> None:
+        """Put what is left of a map in its place."""
+        state, node = ledger.maps[step.node], self.nodes[step.node]
+        if step.how == "gone":
+            self.take_map_out(node, self.data(node, state), state.read.tail)
+            return
+        if step.how == "norm":
+            self.add(step.path, _norm(ledger.called(node), state))
+        else:
+            affine = state.affine
+            values = affine.scale if step.how == "scale" else affine.shift
+            single = state.axis is None and len(values) == 1
+            values = values.reshape(()) if single else values.view((-1,) + (1,) * step.ones)
+            like = _parameter_of(state)
+            values = values.to(device=like.device, dtype=getattr(torch, step.dtype))
+            values.requires_grad_(like.requires_grad)
+            layer = ChannelScale(values) if step.how == "scale" else ChannelShift(values)
+            self.add(step.path, layer)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(step.path, (self.data(node, state),))
+        self.place(new, node)
+        tail = () if step.how == "norm" else state.read.tail
+        self.take_map_out(node, new, tail)
+
+    def data(self, node: fx.Node, state: MapState) -> fx.Node:
+        """Return what a map reads now."""
+        inputs = [*node.all_input_nodes]
+        found = state.read.data if state.read.data in inputs else None
+        return found if found is not None else next(n for n in inputs if n.op != "get_attr")
+
+    def add(self, path: str, layer: nn.Module) -> None:
+        """Put a new module at a path."""
+        layer.training = False
+        self.module.add_submodule(path, layer)
+
+
+def _parameter_of(state: MapState) -> Tensor:
+    norm = state.read.norm
+    if norm is None:
+        return torch.empty(0)
+    tensors = (norm.weight, norm.bias, *norm.tensors)
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
+def _norm(called: nn.Module | None, state: MapState) -> nn.Module:
+    """Return a BatchNorm with its statistics, and weight and bias for another map.
+
+    s = weight/√(var + eps) and t = bias - mean·s.
+    """
+    norm = state.read.norm
+    assert called is not None
+    assert norm is not None
+    layer: Any = clone_structure(called)
+    dtype = norm.mean.dtype
+    weight = state.affine.scale * (norm.var.detach().double() + norm.eps).sqrt()
+    bias = state.affine.shift + norm.mean.detach().double() * state.affine.scale
+    for name, value, old in (("weight", weight, norm.weight), ("bias", bias, norm.bias)):
+        if name in layer._buffers:
+            layer._buffers[name] = value.to(dtype)
+        else:
+            trained = old is not None and old.requires_grad
+            layer.register_parameter(name, nn.Parameter(value.to(dtype), trained))
+    layer.affine = True
+    return layer

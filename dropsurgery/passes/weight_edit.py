@@ -1,0 +1,75 @@
+"""Giving layers new weights, and taking affine maps out of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, fx, nn
+
+from dropsurgery.graph.channels import moves_axes
+from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.module import fresh_path
+from dropsurgery.graph.weighted import Weighted
+from dropsurgery.passes.edit import Editor
+
+
+class WeightEditor(Editor):
+    """What passes that fold maps into weights share."""
+
+    def put_weights(
+        self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor, copy_to: str = ""
+    ) -> None:
+        """Give a layer new weights, or make a copy of it that has them.
+
+        Args:
+            node: a call of the layer.
+            old: the layer as it was.
+            weight: its new weight.
+            bias: its new bias.
+            copy_to: path of the copy.
+        """
+        if old.module is None:
+            self._set_operands(node, old, weight, bias)
+            return
+        layer = old.module
+        if copy_to:
+            layer = clone_structure(layer)
+            self.module.add_submodule(copy_to, layer)
+        layer.weight = nn.Parameter(weight, old.weight.requires_grad)
+        kept = old.weight if old.bias is None else old.bias
+        layer.bias = nn.Parameter(bias, kept.requires_grad)
+
+    def take_map_out(self, node: fx.Node, value: fx.Node, tail: Iterable[str]) -> None:
+        """Put a value in a map's place; what a BatchNorm runs on the normalised value stays."""
+        with self.graph.inserting_before(node):
+            if moves_axes(value):
+                # A BatchNorm's output is contiguous, and `view` behind it may rely on that.
+                value = self.graph.call_method("contiguous", (value,))
+                self.place(value, node)
+            for child in tail:
+                value = self.graph.call_module(f"{node.target}.{child}", (value,))
+                self.place(value, node)
+        node.replace_all_uses_with(value)
+        self.erase(node)
+
+    def _set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
+        """Give a functional layer new weights."""
+        weight_node, bias_node = old.operands
+        assert weight_node is not None
+        target = str(weight_node.target)
+        self.assign(target, weight, old.weight)
+        if bias_node is not None:
+            assert old.bias is not None
+            self.assign(str(bias_node.target), bias, old.bias)
+            return
+        prefix, _, name = target.rpartition(".")
+        owner = self.module.get_submodule(prefix)
+        path = fresh_path(owner, prefix, f"{name}_bias")
+        self.assign(path, bias, old.weight)
+        with self.graph.inserting_before(node):
+            new = self.graph.get_attr(path)
+        self.place(new, node)
+        if len(node.args) > 2:
+            node.update_arg(2, new)
+        else:
+            node.update_kwarg("bias", new)
