@@ -59,7 +59,7 @@ def split_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> tuple[Tensor, Ten
     """Return a tensor as it is, for the skip, and its chosen rows, for the branch.
 
     What `(x, take_rows(x, rows, axis))` gives, with a backward that adds the two gradients in one
-    go. Neither may be written to.
+    go. Neither may be written to. Whatever else reads the tensor later should read the first one.
     """
     if rows is None or rows.window is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x, take_rows(x, rows, axis)
@@ -144,11 +144,19 @@ class _SplitRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.window, ctx.axis = inputs
+        x, ctx.window, ctx.axis = inputs
+        ctx.like = x.shape, x.dtype, x.device
+        # One without a gradient is none, not zeros to be added.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, taken = gradients
+        if taken is None:
+            return whole, None, None
+        if whole is None:
+            shape, dtype, device = ctx.like
+            whole = torch.zeros(shape, dtype=dtype, device=device)
         return _add_window(whole, taken, ctx.window, 1.0, ctx.axis), None, None
 
 
