@@ -4,8 +4,11 @@ Forward, backward and optimiser (SGD with momentum), the modes in turn, round af
 round's times are divided by the plain network's time of that round; medians of these ratios.
 Beside each stands the ideal: one minus the share of the forward's floating-point operations that
 is saved, in expectation (`ds.expected_compute`), or, for whole mini-batches, that of the branches
-that were really dropped. The clock is the processor time of one thread, which other work on the
-machine disturbs least.
+that were really dropped. It takes it that time goes by operations. Normalisation, activations and
+copies take time and count nothing, more of it in early stages than in late ones. So a second
+ideal, "by time", weighs the stages by what their branches were measured to take: the plain step
+less one that never runs them. The clock is the processor time of one thread, which other work on
+the machine disturbs least.
 
     python -m benchmarks.train_step [--cases resnet110:64 ...] [--rounds 7]
     python -m benchmarks.train_step --memory      peak memory of a step, each in a fresh process
@@ -24,7 +27,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,219 +34,163 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 import dropsurgery as ds
-from benchmarks.scaling import resnet
-from dropsurgery.graph import lower
+from benchmarks.train_networks import (
+    NETWORKS,
+    STAGES,
+    Step,
+    dinov2,
+    inputs_of,
+    retrofitted,
+    where_of,
+    without,
+)
 from dropsurgery.graph.module import called_module, graphs
-from dropsurgery.layers.rows import Rows
-from dropsurgery.models import import_torchvision
 
 RESULTS = Path("docs/train_step.json")
 MODES = ("row", "subset", "batch")
 FINAL = (0.5, 0.8)
 
 
-def vit(**options: Any) -> nn.Module:
-    """Return timm's ViT-S/16 for 96 px."""
-    return timm_model("vit_small_patch16_224", img_size=96, **options)
-
-
-def convnext(**options: Any) -> nn.Module:
-    """Return timm's ConvNeXt-T."""
-    return timm_model("convnext_tiny", **options)
-
-
-def swin(**options: Any) -> nn.Module:
-    """Return timm's Swin-T for 112 px."""
-    return timm_model("swin_tiny_patch4_window7_224", img_size=112, **options)
-
-
-def resnet50(**options: Any) -> nn.Module:
-    """Return timm's ResNet-50, the architecture of torchvision's."""
-    return timm_model("resnet50", **options)
-
-
-def timm_model(name: str, **options: Any) -> nn.Module:
-    """Return a timm model of ten classes."""
-    import_torchvision()
-    import timm
-
-    return timm.create_model(name, num_classes=10, **options)
-
-
-# Name, builder (with the options of timm's own drop path where it has one), image size.
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    "resnet110": (lambda **_: resnet(110), 32),
-    "resnet50": (resnet50, 128),
-    "vit_small": (vit, 96),
-    "convnext_tiny": (convnext, 96),
-    "swin_tiny": (swin, 112),
-}
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128, 32) for name in NETWORKS]
+# So many steps share the plain ones before and after them.
+TOGETHER = 3
 # At these batch sizes both rates are measured, at the others p_L = 0.5 alone.
 BOTH_RATES = (16, 64)
 
 
-class Step:
-    """One network, and what is needed to train it by one step.
+class Bench:
+    """The steps of one network and batch size, and what is ideal for each.
 
     Args:
-        module: the network; it is trained in place.
-        inputs: images and labels.
+        name: the network.
+        batch: the batch size.
     """
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-        self.module = module.train()
-        self.x, self.y = inputs
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
-        self.dropped: set[int] = set()
+    def __init__(self, name: str, batch: int) -> None:
+        inputs = inputs_of(name, batch)
+        builder = NETWORKS[name][0]
+        self.plain = Step(builder(), inputs)
+        self.steps: dict[str, Step] = {}
+        self.computes: dict[str, ds.Compute] = {}
+        for final in FINAL if batch in BOTH_RATES else FINAL[:1]:
+            for mode in MODES:
+                key = f"{mode} {final}"
+                net = retrofitted(name, final, mode)
+                self.steps[key] = Step(net, inputs)
+                self.computes[key] = ds.expected_compute(net, inputs[:1])
+                if mode == "batch":
+                    watch(self.steps[key])
+        self.steps["DINOv2's subset 0.5"] = Step(dinov2(retrofitted(name, 0.5, "subset")), inputs)
+        if name != "resnet110":
+            self.steps["timm's drop path 0.5"] = Step(builder(drop_path_rate=0.5), inputs)
+        self.sites: dict[str, list[str]] = {}
+        for stage in STAGES[name]:
+            net = without(name, stage)
+            sites = ds.expected_compute(net, inputs[:1]).sites
+            self.sites[stage] = [site.path for site in sites if site.mode == "batch"]
+            self.steps[f"without {stage}"] = Step(net, inputs, every_parameter=True)
 
-    def __call__(self) -> float:
-        """Train by one step; return its processor time in seconds."""
-        self.dropped.clear()
-        start = time.process_time()
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.module(self.x), self.y).backward()
-        self.optimizer.step()
-        return time.process_time() - start
+    def round(self) -> dict[str, float]:
+        """Run every step; return its time over that of the plain ones before and after it."""
+        ratios = {}
+        keys, before = list(self.steps), self.plain()
+        for start in range(0, len(keys), TOGETHER):
+            seconds = {key: self.steps[key]() for key in keys[start : start + TOGETHER]}
+            after = self.plain()
+            ratios.update({key: 2.0 * own / (before + after) for key, own in seconds.items()})
+            before = after
+        return {"plain, seconds": before, **ratios}
 
+    def runs(self, key: str) -> dict[str, float]:
+        """Return which share of each site's branch a mode runs, or ran in its last step."""
+        if key.startswith("batch"):
+            dropped = self.steps[key].dropped
+            return {site.path: float(site.path not in dropped) for site in self.computes[key].sites}
+        return {site.path: site.run for site in self.computes[key].sites}
 
-def inputs_of(name: str, batch: int) -> tuple[Tensor, Tensor]:
-    """Return random images and labels."""
-    size = NETWORKS[name][1]
-    return torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    def ideal(self, key: str, runs: dict[str, float]) -> float:
+        """Return the share of the forward's operations that is run."""
+        compute = self.computes[key]
+        saved = sum(site.flops * (1.0 - runs[site.path]) for site in compute.sites)
+        return 1.0 - saved / compute.total
 
+    def ideal_by_time(self, key: str, runs: dict[str, float], shares: dict[str, float]) -> float:
+        """Return the same, with the share of the plain step's time that each stage takes."""
+        flops = {site.path: site.flops for site in self.computes[key].sites}
+        saved = 0.0
+        for stage, paths in self.sites.items():
+            idle = sum(flops[path] * (1.0 - runs[path]) for path in paths)
+            saved += shares[stage] * idle / sum(flops[path] for path in paths)
+        return 1.0 - saved
 
-def retrofitted(name: str, final: float, mode: str, **options: Any) -> fx.GraphModule:
-    """Return a network with drop path under the paper's rule."""
-    model = NETWORKS[name][0]()
-    insertion = ds.InsertDropPath(ds.survival.linear(final), mode=mode, **options)  # type: ignore[arg-type]
-    return ds.apply(model, insertion).module
+    def shares(self) -> dict[str, float]:
+        """Return the share of the forward's operations that the branches of each stage take."""
+        compute = next(iter(self.computes.values()))
+        flops = {site.path: site.flops for site in compute.sites}
+        return {
+            stage: sum(flops[path] for path in paths) / compute.total
+            for stage, paths in self.sites.items()
+        }
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return the ratios of every mode and rate of one network and batch size."""
-    inputs = inputs_of(name, batch)
-    builder = NETWORKS[name][0]
-    steps = {"plain": Step(builder(), inputs)}
-    ideals: dict[str, float] = {}
-    for final in FINAL if batch in BOTH_RATES else FINAL[:1]:
-        for mode in MODES:
-            net = retrofitted(name, final, mode)
-            key = f"{mode} {final}"
-            steps[key] = Step(net, inputs)
-            ideals[key] = ds.expected_compute(net, inputs[:1]).ratio
-            if mode == "batch":
-                watch(steps[key])
-    steps["DINOv2's subset 0.5"] = Step(dinov2(retrofitted(name, 0.5, "subset")), inputs)
-    if name != "resnet110":
-        steps["timm's drop path 0.5"] = Step(builder(drop_path_rate=0.5), inputs)
-    flops = branch_flops(steps["batch 0.5"].module, inputs[0])
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    against_ideal: dict[str, list[float]] = {key: [] for key in steps}
-    for turn in range(rounds + 1):
-        for key, step in steps.items():
-            seconds = step()
-            if not turn:
-                continue  # the first step allocates
-            times[key].append(seconds)
-            if key.startswith("batch"):
-                saved = sum(flops[site] for site in dropped_sites(step)) / flops[-1]
-                against_ideal[key].append(seconds / times["plain"][-1] / (1.0 - saved))
-    result: dict[str, Any] = {"plain, seconds": statistics.median(times["plain"])}
-    for key, seconds_of in times.items():
-        if key == "plain":
+    bench = Bench(name, batch)
+    bench.round()  # the first steps allocate
+    ratios: dict[str, list[float]] = {}
+    runs: dict[str, list[dict[str, float]]] = {key: [] for key in bench.computes}
+    for _ in range(rounds):
+        for key, ratio in bench.round().items():
+            ratios.setdefault(key, []).append(ratio)
+        for key, found in runs.items():
+            found.append(bench.runs(key))
+    shares = {
+        stage: 1.0 - statistics.median(ratios.pop(f"without {stage}")) for stage in bench.sites
+    }
+    result: dict[str, Any] = {
+        "plain, seconds": statistics.median(ratios.pop("plain, seconds")),
+        "rounds": rounds,
+        "stages": {
+            stage: {"operations": operations, "time": shares[stage]}
+            for stage, operations in bench.shares().items()
+        },
+    }
+    for key, own in ratios.items():
+        entry = result[key] = {
+            "ratio": statistics.median(own),
+            "low": min(own),
+            "high": max(own),
+        }
+        if key not in runs:
             continue
-        ratios = [a / b for a, b in zip(seconds_of, times["plain"], strict=True)]
-        entry = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-        if key in ideals:
-            entry["ideal"] = ideals[key]
-            own = against_ideal[key] or [ratio / ideals[key] for ratio in ratios]
-            entry["against ideal"] = (
-                statistics.fmean(own) if against_ideal[key] else (statistics.median(own))
-            )
-        result[key] = entry
+        # The cost of "batch" is random: each step against the ideal of what it drew.
+        middle = statistics.fmean if key.startswith("batch") else statistics.median
+        expected = {site.path: site.run for site in bench.computes[key].sites}
+        entry["ideal"] = bench.ideal(key, expected)
+        entry["ideal by time"] = bench.ideal_by_time(key, expected, shares)
+        drawn = list(zip(own, runs[key], strict=True))
+        entry["against ideal"] = middle([r / bench.ideal(key, run) for r, run in drawn])
+        entry["against ideal by time"] = middle(
+            [r / bench.ideal_by_time(key, run, shares) for r, run in drawn]
+        )
     return result
 
 
-def branch_flops(module: nn.Module, x: Tensor) -> dict[int, int]:
-    """Return the operations of each drop-path site by its place, and of the network as -1."""
-    found = ds.expected_compute(module, (x,))
-    return {**{i: site.flops for i, site in enumerate(found.sites)}, -1: found.total}
-
-
 def watch(step: Step) -> None:
-    """Let a step write down which of its branches were dropped."""
-    layers = [m for m in step.module.modules() if isinstance(m, ds.DropPath)]
-    for place, layer in enumerate(layers):
-        survives = layer.survives
+    """Let a step write down the paths of the branches that were dropped."""
+    for path, layer in step.module.named_modules():
+        if not isinstance(layer, ds.DropPath):
+            continue
 
-        def watched(place: int = place, survives: Callable[[], bool] = survives) -> bool:
+        def watched(path: str = path, survives: Callable[[], bool] = layer.survives) -> bool:
             kept = survives()
             if not kept:
-                step.dropped.add(place)
+                step.dropped.add(path)
             return kept
 
         layer.survives = watched  # type: ignore[method-assign]
-
-
-def dropped_sites(step: Step) -> set[int]:
-    """Return the places, in the order of the calls, of the branches that a step dropped."""
-    module = step.module
-    assert isinstance(module, fx.GraphModule)
-    layers = [m for m in module.modules() if isinstance(m, ds.DropPath)]
-    called = [called_module(module, node) for node in graphs(module)[-1].nodes]
-    order = [layer for layer in called if isinstance(layer, ds.DropPath)]
-    return {order.index(layers[place]) for place in step.dropped}
-
-
-# DINOv2's way, as its block.py describes it: int(B·p) samples, gathered by indexing and added by
-# index_add on flattened rows, above a drop probability of 0.1 only.
-
-
-def dinov2(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a module with "subset" whose rows are drawn and added in DINOv2's way."""
-    for layer in module.modules():
-        if isinstance(layer, ds.DropPath):
-            layer.rows = lambda x, axis=0, layer=layer: dinov2_rows(layer, x)  # type: ignore
-            layer.mode = "subset"
-    names = {"take_rows": dinov2_take, "add_rows": dinov2_add}
-    previous = {name: getattr(lower, name) for name in names}
-    for name, function in names.items():
-        setattr(lower, name, function)
-    module.recompile()
-    for name, function in previous.items():
-        setattr(lower, name, function)
-    return module
-
-
-def dinov2_rows(layer: ds.DropPath, x: Tensor) -> Rows | None:
-    """Draw int(B·p) samples, scaled by B over that."""
-    batch = x.shape[0]
-    if not layer.training or layer.drop_prob <= 0.1:
-        return None
-    count = max(int(batch * (1 - layer.drop_prob)), 1)
-    return Rows(torch.randperm(batch)[:count], None, None, batch / count)
-
-
-def dinov2_take(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
-    """Gather by indexing."""
-    return x if rows is None else x[rows.index]
-
-
-def dinov2_add(
-    skip: Tensor, branch: Tensor, rows: Rows | None, axis: int = 0, in_place: bool = False
-) -> Tensor:
-    """Add flattened rows."""
-    if rows is None:
-        return skip + branch
-    assert rows.index is not None
-    total = torch.index_add(
-        skip.flatten(1), 0, rows.index, branch.flatten(1).to(skip.dtype), alpha=rows.scale
-    )
-    return total.view_as(skip)
 
 
 # Memory
@@ -339,21 +285,6 @@ def memory(batch: int = 64) -> dict[str, Any]:
 # Break-even
 
 RATES = (0.02, 0.05, 0.1, 0.2)
-STAGES = {
-    "resnet110": ("stage 1", "stage 2", "stage 3"),
-    "resnet50": ("layer1*", "layer2*", "layer3*", "layer4*"),
-    "vit_small": ("blocks*",),
-    "convnext_tiny": ("stages.0*", "stages.1*", "stages.2*", "stages.3*"),
-    "swin_tiny": ("layers.0*", "layers.1*", "layers.2*", "layers.3*"),
-}
-
-
-def where_of(name: str, stage: str) -> Any:
-    """Return the choice of the sites of a stage."""
-    if name != "resnet110":
-        return stage
-    first = 18 * (int(stage[-1]) - 1)
-    return lambda site: first < site.block <= first + 18
 
 
 def break_even(name: str, batch: int, rounds: int) -> dict[str, Any]:

@@ -96,6 +96,34 @@ class Projected(Mlp):
         return self.down(before) + torch.tanh(self.fc(before))
 
 
+class IdentitySkip(Mlp):
+    """What the branch reads and what the add reads are two nodes, and one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x)) + self.shortcut(x)
+
+
+class ReadLater(Mlp):
+    """The fork is read again behind the add, and by two branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x + torch.tanh(self.fc(x))) * torch.sigmoid(x)
+        return x + torch.sin(self.fc(x)) + y.mean()
+
+
+class WrittenLater(Mlp):
+    """The fork is written to once its branch has read it: its readers may not share a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        y = x + torch.tanh(self.fc(x + 1.0))
+        return y * x.mul_(0.5)
+
+
 class Gained(Mlp):
     def __init__(self) -> None:
         super().__init__()
@@ -137,8 +165,8 @@ class Inner(nn.Module):
 
 
 BLOCKS = [
-    Mlp, InPlaceAfter, InPlaceBefore, InPlaceInside, AddInPlace, AddIntoBranch, Projected, Gained,
-    Sizes, Escapes,
+    Mlp, InPlaceAfter, InPlaceBefore, InPlaceInside, AddInPlace, AddIntoBranch, Projected,
+    IdentitySkip, ReadLater, WrittenLater, Gained, Sizes, Escapes,
 ]  # fmt: skip
 
 
@@ -155,7 +183,7 @@ def test_blocks_run_as_masked(
 ) -> None:
     torch.manual_seed(0)
     net = insert(Stack(block).double(), mode)
-    assert lowered(net) == 3
+    assert lowered(net) == (6 if block is ReadLater else 3)
     assert_runs_as_masked(net, (torch.randn(batch, 6, dtype=torch.float64),), monkeypatch)
 
 
@@ -292,6 +320,31 @@ def test_the_oracle_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(net(x), recorder.run_flat(x))
 
 
+def backward_steps(value: Tensor) -> list[str]:
+    """Return the names of the autograd nodes behind a tensor."""
+    pending, seen = [value.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+    return [type(node).__name__ for node in seen]
+
+
+@pytest.mark.parametrize(
+    ("block", "joined"),
+    [(Mlp, 3), (IdentitySkip, 3), (ReadLater, 6), (WrittenLater, 0)],
+)
+def test_gradients_of_rows_are_added_in_one_go(block: Callable[[], nn.Module], joined: int) -> None:
+    net = insert(Stack(block), "subset").train()
+    net.requires_grad_()
+    for seed in range(4):  # windows with and without a turn around the end
+        torch.manual_seed(seed)
+        steps = backward_steps(net(torch.randn(8, 6, requires_grad=True)))
+        assert steps.count("_SplitRowsBackward") == joined
+        assert ("SliceBackward0" in steps) == (joined == 0)
+
+
 # What runs, and what does not
 
 
@@ -350,7 +403,7 @@ def test_the_graph_that_people_see_stays_flat() -> None:
     plain = ds.trace(model)
     row, subset = insert(model, "row"), insert(model, "subset")
     assert subset.code == row.code
-    assert "take_rows" in subset.running_code
+    assert "draw_rows" in subset.running_code
     assert row.running_code == row.code
     removed = ds.apply(subset, ds.RemoveDropPath()).module
     assert removed.code == plain.code == removed.running_code
@@ -479,6 +532,21 @@ def test_rows_keep_the_memory_format(window: tuple[int, int], indexed: bool) -> 
     expected = x.clone()
     expected[chosen] *= 3
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_parts_without_gradient(window: tuple[int, int], axis: int) -> None:
+    x = torch.randn(5, 5, 2, dtype=torch.float64, requires_grad=True)
+    rows = Rows(window=window)
+    whole, taken = split_rows(x, rows, axis)
+    weight = torch.randn_like(taken)
+    (found,) = torch.autograd.grad((taken * weight).sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad((take_rows(x, rows, axis) * weight).sum(), x)
+    assert torch.equal(found, expected)
+    (found,) = torch.autograd.grad(whole.sum(), x)
+    assert torch.equal(found, torch.ones_like(x))
+    assert torch.autograd.gradgradcheck(lambda v: split_rows(v, rows, axis)[1] ** 2, (x,))
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -107,6 +107,18 @@ class _Program:
         assert isinstance(layer, DropPath)
         return layer
 
+    def splits(self, call: fx.Node, value: fx.Node) -> bool:
+        """Say whether a value that a branch takes rows of is read by others later, and kept.
+
+        What reads it after the rows are taken (the add, a projection on the skip) then adds to one
+        gradient of the whole, to which that of the rows is added at once.
+        """
+        inside, order = self.inside[call], self.memory.order
+        first = min(order[user] for user in value.users if user in inside)
+        others = [user for user in value.users if user not in inside]
+        written = any(n in self.memory.writes for n in self.memory.group(value) if order[n] > first)
+        return not written and any(order[user] > first for user in others)
+
     def is_batch(self, call: fx.Node) -> bool:
         """Say whether a call drops whole mini-batches."""
         return self.layer(call).mode == "batch"
@@ -134,7 +146,6 @@ class _Builder:
         self.inputs: dict[fx.Node, fx.Node] = {}
         self.made: dict[fx.Node, fx.Node] = {}
         self.rows: dict[fx.Node, fx.Node] = {}
-        self.skips: dict[fx.Node, fx.Node] = {}
         self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -157,7 +168,7 @@ class _Builder:
             region, axis = self.program.calls[call], self.program.layer(call).axis
             inner = (*chain, call)
             branch = self.see(region.branch, inner)
-            skip = self.skips.get(call) or self.see(region.skip, chain)
+            skip = self.see(region.skip, chain)
             rows = self.rows[call]
             self.made[node] = self._function(add_rows, skip, branch, rows, axis, region.in_place)
 
@@ -174,9 +185,9 @@ class _Builder:
         if value in region.gathered:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
             axis = region.gathered[value]
-            if value is region.skip and not region.in_place:
+            if self.program.splits(call, value):
                 parts = self._function(split_rows, seen, rows, axis)
-                self.skips[call] = self._function(operator.getitem, parts, 0)
+                self._replace(value, outer, self._function(operator.getitem, parts, 0))
                 view = self._function(operator.getitem, parts, 1)
             else:
                 view = self._function(take_rows, seen, rows, axis)
@@ -186,6 +197,15 @@ class _Builder:
             return self.see(value, outer)
         self.views[call, value] = view
         return view
+
+    def _replace(self, value: fx.Node, chain: tuple[fx.Node, ...], whole: fx.Node) -> None:
+        """Let the later readers of a value inside the regions `chain` see `whole` in its place."""
+        while chain and value not in self.program.inside[chain[-1]]:
+            if (chain[-1], value) in self.views:
+                self.views[chain[-1], value] = whole
+                return
+            chain = chain[:-1]
+        self.made[value] = whole
 
     def _see_size(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Return what a size that is computed again is computed from."""

@@ -10,7 +10,6 @@ code gets the same window as an index, whose operations the compiler fuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +46,7 @@ def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     if rows is None or rows.mask is not None:
         return x
     if rows.window is not None:
-        parts = [x.narrow(axis, first, size) for first, size, _ in _slices(rows.window, x, axis)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        return _window(x, rows.window, axis)
     assert rows.index is not None
     dense, moved = _dense(x, axis)
     taken = dense.index_select(axis, rows.index)
@@ -59,7 +57,7 @@ def split_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> tuple[Tensor, Ten
     """Return a tensor as it is, for the skip, and its chosen rows, for the branch.
 
     What `(x, take_rows(x, rows, axis))` gives, with a backward that adds the two gradients in one
-    go. Neither may be written to.
+    go. Neither may be written to. Whatever else reads the tensor later should read the first one.
     """
     if rows is None or rows.window is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x, take_rows(x, rows, axis)
@@ -94,19 +92,15 @@ def add_rows(
         branch = branch * along(rows.mask, branch, axis).to(branch.dtype)
     if rows is None or rows.mask is not None:
         return skip.add_(branch) if in_place else skip + branch
-    dtype = skip.dtype if in_place else torch.promote_types(skip.dtype, branch.dtype)
-    shape = torch.broadcast_shapes(skip.select(axis, 0).shape, branch.select(axis, 0).shape)
-    branch = _spread(branch.to(dtype), shape, axis)
-    if not in_place:
-        skip = _spread(skip.to(dtype), shape, axis)
+    if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
+        skip, branch = _alike(skip, branch, axis, in_place)
     if rows.window is not None and not in_place:
         last = bool(rows.last)
         sum_: Tensor = _AddRows.apply(skip, branch, rows.window, last, rows.scale, axis)
         return sum_
     branch = _weighted(branch, rows, axis)
     if rows.window is not None:
-        for first, size, offset in _slices(rows.window, skip, axis):
-            skip.narrow(axis, first, size).add_(branch.narrow(axis, offset, size))
+        _add_to(skip, branch, rows.window, 1.0, axis)
         return skip
     assert rows.index is not None
     if in_place:
@@ -139,16 +133,23 @@ class _SplitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, window: tuple[int, int], axis: int) -> tuple[Tensor, Tensor]:
-        taken = take_rows(x, Rows(window=window), axis)
-        return x.view_as(x), taken
+        return x.view_as(x), _window(x, window, axis)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.window, ctx.axis = inputs
+        x, ctx.window, ctx.axis = inputs
+        ctx.like = x.shape, x.dtype, x.device
+        # One without a gradient is none, not zeros to be added.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, taken = gradients
+        if taken is None:
+            return whole, None, None
+        if whole is None:
+            shape, dtype, device = ctx.like
+            whole = torch.zeros(shape, dtype=dtype, device=device)
         return _add_window(whole, taken, ctx.window, 1.0, ctx.axis), None, None
 
 
@@ -168,10 +169,10 @@ class _AddRows(torch.autograd.Function):
         scale: float,
         axis: int,
     ) -> Tensor:
-        first, size = window
         if not last:
-            size -= 1
-        return _add_window(skip, branch.narrow(axis, 0, size), (first, size), scale, axis)
+            first, size = window
+            window, branch = (first, size - 1), branch.narrow(axis, 0, size - 1)
+        return _add_window(skip, branch, window, scale, axis)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,14 +189,29 @@ class _AddRows(torch.autograd.Function):
         return gradient, branch, None, None, None, None
 
 
-def _slices(window: tuple[int, int], x: Tensor, axis: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, number of rows, place in the window) of the one or two slices of it."""
+# Between the operations of a branch the caches are cold, and a call from Python costs many times
+# what it costs in a loop: what follows makes few of them.
+
+
+def _window(x: Tensor, window: tuple[int, int], axis: int) -> Tensor:
+    """Return the rows of a window: a view, or one copy where it goes around the end."""
     first, size = window
-    before_end = min(size, x.shape[axis] - first)
-    if before_end:
-        yield first, before_end, 0
-    if before_end < size:
-        yield 0, size - before_end, before_end
+    over = first + size - x.shape[axis]
+    if over <= 0:
+        return x.narrow(axis, first, size)
+    return torch.cat((x.narrow(axis, first, size - over), x.narrow(axis, 0, over)), axis)
+
+
+def _add_to(total: Tensor, part: Tensor, window: tuple[int, int], scale: float, axis: int) -> None:
+    """Add scale · part to the rows of a window, in place."""
+    first, size = window
+    over = first + size - total.shape[axis]
+    if over <= 0:
+        total.narrow(axis, first, size).add_(part, alpha=scale)
+        return
+    late, early = part.split((size - over, over), axis)
+    total.narrow(axis, first, size - over).add_(late, alpha=scale)
+    total.narrow(axis, 0, over).add_(early, alpha=scale)
 
 
 def _add_window(
@@ -204,39 +220,53 @@ def _add_window(
     """Return `whole` with scale · part added on a window: every row is written once."""
     if torch.is_grad_enabled():  # a second derivative is asked for
         total = whole.clone()
-        for first, size, offset in _slices(window, whole, axis):
-            total.narrow(axis, first, size).add_(part.narrow(axis, offset, size), alpha=scale)
+        _add_to(total, part, window, scale, axis)
         return total
+    first, size = window
+    batch = whole.shape[axis]
+    over = first + size - batch
     total = torch.empty_like(whole)
-    batch, (start, count) = whole.shape[axis], window
-    for first, size, offset in _slices(window, whole, axis):
-        torch.add(
-            whole.narrow(axis, first, size),
-            part.narrow(axis, offset, size),
-            alpha=scale,
-            out=total.narrow(axis, first, size),
-        )
-    for first, size, _ in _slices(((start + count) % batch, batch - count), whole, axis):
-        total.narrow(axis, first, size).copy_(whole.narrow(axis, first, size))
+    if over <= 0:
+        sizes = (first, size, -over)
+        before, inside, after = whole.split(sizes, axis)
+        to_before, to_inside, to_after = total.split(sizes, axis)
+        torch.add(inside, part, alpha=scale, out=to_inside)
+        if first:
+            to_before.copy_(before)
+        if over:
+            to_after.copy_(after)
+        return total
+    sizes = (over, batch - size, size - over)
+    early, between, late = whole.split(sizes, axis)
+    to_early, to_between, to_late = total.split(sizes, axis)
+    part_late, part_early = part.split((size - over, over), axis)
+    torch.add(early, part_early, alpha=scale, out=to_early)
+    torch.add(late, part_late, alpha=scale, out=to_late)
+    if batch > size:
+        to_between.copy_(between)
     return total
 
 
 def _scaled_window(x: Tensor, window: tuple[int, int], scale: float, axis: int) -> Tensor:
     """Return scale times the rows of a window, written once."""
-    slices = list(_slices(window, x, axis))
-    if len(slices) == 1 or torch.is_grad_enabled():
-        return take_rows(x, Rows(window=window), axis) * scale
-    shape = list(x.shape)
-    shape[axis] = window[1]
-    _, moved = _dense(x, axis)
-    form = torch.contiguous_format
-    if moved:
-        form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    scaled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-    for first, size, offset in slices:
-        part = x.narrow(axis, first, size)
-        torch.mul(part, scale, out=scaled.narrow(axis, offset, size))
+    first, size = window
+    over = first + size - x.shape[axis]
+    if over <= 0 or torch.is_grad_enabled():
+        return _window(x, window, axis) * scale
+    late, early = x.narrow(axis, first, size - over), x.narrow(axis, 0, over)
+    scaled = torch.empty_like(x.narrow(axis, 0, size))
+    to_late, to_early = scaled.split((size - over, over), axis)
+    torch.mul(late, scale, out=to_late)
+    torch.mul(early, scale, out=to_early)
     return scaled
+
+
+def _alike(skip: Tensor, branch: Tensor, axis: int, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Return both in the dtype and, beside the batch axis, the shape that their sum has."""
+    dtype = skip.dtype if in_place else torch.promote_types(skip.dtype, branch.dtype)
+    shape = torch.broadcast_shapes(skip.select(axis, 0).shape, branch.select(axis, 0).shape)
+    branch = _spread(branch.to(dtype), shape, axis)
+    return skip if in_place else _spread(skip.to(dtype), shape, axis), branch
 
 
 def _dense(x: Tensor, axis: int) -> tuple[Tensor, bool]:
