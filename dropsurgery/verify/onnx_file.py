@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,12 @@ _DTYPES = {
     "tensor(int16)": torch.int16,
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
+    "tensor(uint16)": torch.uint16,
+    "tensor(uint32)": torch.uint32,
+    "tensor(uint64)": torch.uint64,
     "tensor(bool)": torch.bool,
 }
+T = TypeVar("T")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
@@ -53,7 +58,7 @@ class OnnxRunner:
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
-        model = _read(path)
+        model = read_model(path)
         self._session = _session(path, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
@@ -74,21 +79,27 @@ class OnnxRunner:
         """Return the inputs as the file declares them.
 
         Raises:
-            VerifyError: an input is open along another axis than the batch.
+            VerifyError: an input is no tensor of numbers.
         """
         tables = [m.num_embeddings for m in reference.modules() if isinstance(m, nn.Embedding)]
-        specs = []
         for value in self._session.get_inputs():
-            shape = [size if isinstance(size, int) else None for size in value.shape]
-            if value.type not in _DTYPES or None in shape[1:]:
+            if value.type not in _DTYPES:
                 raise VerifyError(
                     "no input can be made up for what the file declares",
                     where=f"input '{value.name}', {value.type} {value.shape}",
                     fix="pass inputs=, a tensor or a tuple of forward's arguments",
                 )
-            specs.append(
-                Spec(value.name, _DTYPES[value.type], tuple(shape), min(tables, default=2))
+        return [replace(spec, high=min(tables, default=2)) for spec in self.open_shapes()]
+
+    def open_shapes(self) -> list[Spec]:
+        """Return the inputs with names for their open sizes; an axis without one gets its own."""
+        specs = []
+        for value in self._session.get_inputs():
+            shape = tuple(
+                size if isinstance(size, int | str) else f"{value.name}.{axis}"
+                for axis, size in enumerate(value.shape)
             )
+            specs.append(Spec(value.name, _DTYPES.get(value.type, torch.float32), shape))
         return specs
 
     def frozen(self, path: str, weights: Collection[str]) -> list[str]:
@@ -98,7 +109,7 @@ class OnnxRunner:
             path: the module's path.
             weights: names of constants that are the network's own.
         """
-        readers = constant_readers(_read(self.path), path, weights)
+        readers = constant_readers(read_model(self.path), path, weights)
         return [f"{constant} read by {node}" for node, constant in readers]
 
     @property
@@ -109,12 +120,13 @@ class OnnxRunner:
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on tensors by name."""
-        feeds = {name: _to_value(tensor) for name, tensor in inputs.items()}
+        feeds = {name: to_value(tensor) for name, tensor in inputs.items()}
         results = self._session.run_with_ort_values(None, feeds)
-        return {name: _to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
+        return {name: to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
 
 
-def _read(path: Path) -> Any:
+def read_model(path: Path) -> Any:
+    """Return the `onnx.ModelProto` of a file, without external data."""
     import onnx
 
     try:
@@ -163,7 +175,8 @@ def _session(path: Path, provider: str) -> Any:
     return session
 
 
-def _to_value(tensor: Tensor) -> Any:
+def to_value(tensor: Tensor) -> Any:
+    """Return a tensor as an OrtValue."""
     import onnxruntime
 
     tensor = tensor.detach().cpu().contiguous()
@@ -173,7 +186,25 @@ def _to_value(tensor: Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def _to_tensor(value: Any) -> Tensor:
+def to_tensor(value: Any) -> Tensor:
+    """Return an OrtValue as a tensor."""
     if value.data_type() == "tensor(bfloat16)":  # numpy has no such dtype
         return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
     return torch.from_numpy(value.numpy().copy())
+
+
+def feeds_for(inputs: list[str], tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return a call's tensors under the names of a graph's inputs.
+
+    Raises:
+        VerifyError: their number differs.
+    """
+    if all(name in tensors for name in inputs):
+        return {name: tensors[name] for name in inputs}
+    if len(inputs) != len(tensors):
+        raise VerifyError(
+            f"the file takes {len(inputs)} inputs and the call has {len(tensors)} tensors",
+            where=f"file: {', '.join(inputs)}; call: {', '.join(tensors)}",
+            fix="pass inputs= with the tensors that the file was exported with",
+        )
+    return dict(zip(inputs, tensors.values(), strict=True))
