@@ -59,21 +59,18 @@ class OnnxRunner:
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
         model = read_model(path)
-        self._session = _session(path, provider)
-        self.inputs = [value.name for value in self._session.get_inputs()]
-        self.outputs = [value.name for value in self._session.get_outputs()]
         metadata = {item.key: item.value for item in model.metadata_props}
         self.recorded: list[str] | None = None
         if "dropsurgery.outputs" in metadata:
             self.recorded = json.loads(metadata["dropsurgery.outputs"])
         self.draws = random_nodes(model)
         self.train_norms = train_mode_norms(model)
-        self.placement = providers.confirm(
-            provider,
-            self._session.get_providers(),
-            self._session.get_provider_graph_assignment_info(),
-            providers.shape_nodes(model.graph),
-        )
+        shapes = providers.shape_nodes(model.graph)
+        del model  # the weights are not held twice while the session reads them
+        self._session = _session(path, provider)
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+        self.placement = providers.confirm_session(provider, self._session, shapes)
 
     def specs(self, reference: nn.Module) -> list[Spec]:
         """Return the inputs as the file declares them.
@@ -157,13 +154,9 @@ def _session(path: Path, provider: str) -> Any:
     import onnxruntime
 
     providers.check(provider)
-    options = onnxruntime.SessionOptions()
-    # Fatal only: what goes wrong is raised as well.
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, **providers.session_arguments(provider)
+            str(path), providers.session_options(), **providers.session_arguments(provider)
         )
     except Exception as error:
         raise VerifyError(
