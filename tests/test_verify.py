@@ -285,7 +285,7 @@ def test_variations_keep_sign_and_range() -> None:
     assert ds.verify(Careful(), Careful(), inputs).ok
 
 
-@pytest.mark.parametrize("inputs", [3, "x", [], (), (1, 2), [torch.ones(1), 3]])
+@pytest.mark.parametrize("inputs", [3, b"x", [], (), (1, 2), [torch.ones(1), 3], iter(())])
 def test_inputs_of_the_wrong_kind(path: Path, inputs: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="inputs holds"):
         ds.verify(net(), path, inputs)
@@ -647,18 +647,6 @@ def test_a_file_with_another_number_of_inputs(tmp_path: Path) -> None:
         ds.verify(nn.ReLU(), path)
     with pytest.raises(VerifyError, match="the file takes 2 inputs and the call has 1 tensors"):
         ds.verify(nn.ReLU(), path, torch.randn(2, 4))
-
-
-def test_a_file_with_other_open_axes_asks_for_inputs(tmp_path: Path) -> None:
-    path = written(
-        tmp_path / "open.onnx",
-        [helper.make_node("Relu", ["x"], ["y"])],
-        [value("x", "N", "length")],
-        [value("y", "N", "length")],
-    )
-    with pytest.raises(VerifyError, match="no input can be made up"):
-        ds.verify(nn.ReLU(), path)
-    assert ds.verify(nn.ReLU(), path, torch.randn(2, 9)).ok
 
 
 def test_a_random_file_is_refused(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dropsurgery.errors import StochasticError, VerifyError
+from dropsurgery.errors import StochasticError
 from dropsurgery.graph.signature import named_inputs
 from dropsurgery.verify.cases import Case
-from dropsurgery.verify.onnx_file import OnnxRunner
+from dropsurgery.verify.onnx_file import OnnxRunner, feeds_for
 from dropsurgery.verify.run import DrawsInEval, ModuleRunner
 
 
@@ -53,7 +53,8 @@ class Candidate:
             seed: seeds the draws of a random module; None where none may draw.
         """
         if isinstance(self.runner, OnnxRunner):
-            return self.runner(feeds(self.runner, model, case))
+            tensors = named_inputs(model, case.args, case.kwargs)
+            return self.runner(feeds_for(self.runner.inputs, tensors))
         return self.runner(case) if seed is None else self.runner.drawn(case, seed)
 
     def matched(
@@ -121,22 +122,3 @@ def frozen_constants(runner: OnnxRunner, model: nn.Module, places: dict[str, str
     """Return, in words, the constants of a file that stand where modules of the network draw."""
     weights = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     return [text for path in places if path for text in runner.frozen(path, weights)]
-
-
-def feeds(runner: OnnxRunner, model: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Return the tensors of a call under the names of the file's inputs.
-
-    Raises:
-        VerifyError: their number differs.
-    """
-    tensors = named_inputs(model, case.args, case.kwargs)
-    wanted = runner.inputs
-    if all(name in tensors for name in wanted):
-        return {name: tensors[name] for name in wanted}
-    if len(wanted) != len(tensors):
-        raise VerifyError(
-            f"the file takes {len(wanted)} inputs and the call has {len(tensors)} tensors",
-            where=f"file: {', '.join(wanted)}; call: {', '.join(tensors)}",
-            fix="pass inputs= with the tensors that the file was exported with",
-        )
-    return dict(zip(wanted, tensors.values(), strict=True))

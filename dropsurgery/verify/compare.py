@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from dropsurgery.errors import ArgumentError, ArgumentTypeError
 from dropsurgery.verify import providers
+from dropsurgery.verify.candidate import Candidate
+from dropsurgery.verify.cases import Case
 from dropsurgery.verify.comparison import Comparison, Progress
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.plan import Plan
+from dropsurgery.verify.run import ModuleRunner
 from dropsurgery.verify.verdict import Verdict
 
 
@@ -96,7 +99,24 @@ def verify(
     else:
         comparison.other.refuse_draws()
         comparison.run(plan.cases(inputs, seeds, batch_sizes))
-    return comparison.verdict()
+    return comparison.verdict(plan.notes)
+
+
+def comparison_cases(
+    reference: nn.Module,
+    candidate: str | os.PathLike[str] | nn.Module,
+    inputs: Any,
+    *,
+    provider: str,
+    seeds: Sequence[int],
+    batch_sizes: Sequence[int],
+) -> Iterator[Case]:
+    """Return the calls that `verify` compares; the arguments and errors are those of `verify`."""
+    _check_arguments(reference, candidate, provider, None)
+    seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
+    runner = ModuleRunner(reference, "reference")
+    plan = Plan(reference, runner, Candidate(candidate, provider))
+    return plan.cases(inputs, seeds, batch_sizes)
 
 
 def _check_arguments(reference: Any, candidate: Any, provider: Any, surgered: Any) -> None:

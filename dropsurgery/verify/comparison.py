@@ -200,8 +200,14 @@ class Comparison:
             for name, samples in here.items():
                 self.samples.setdefault(name, []).append(samples)
 
-    def verdict(self) -> Verdict:
-        """Weigh what was found."""
+    def verdict(self, notes: Iterable[str] = ()) -> Verdict:
+        """Weigh what was found.
+
+        Args:
+            notes: what else a reader should know.
+        """
+        for note in notes:
+            self._note(note)
         if self.samples:
             outputs = judge_samples(self.records, self.samples)
         else:

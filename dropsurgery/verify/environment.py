@@ -27,6 +27,8 @@ def environment(*, onnx_file: bool, device: torch.device) -> dict[str, str]:
 
         found["onnx"] = version("onnx")
         found["onnxruntime"] = onnxruntime.__version__
+        if built_for := getattr(onnxruntime, "cuda_version", ""):
+            found["onnxruntime's cuda"] = str(built_for)
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
         cudnn = torch.backends.cudnn.version()
