@@ -75,7 +75,7 @@ from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.variance_shift import find_variance_shift
-from dropsurgery.verify import verify
+from dropsurgery.verify import locate, verify
 
 # After `verify`, so that the name is the function and not the package it lives in.
 from dropsurgery import testing  # isort: skip
@@ -112,6 +112,7 @@ __all__ = [
     "find_variance_shift",
     "layers",
     "load",
+    "locate",
     "mc_predict",
     "ramps",
     "recalibrate_batchnorm",

@@ -280,7 +280,7 @@ def verify(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random inputs.")] = 3,
     as_json: Json = False,
 ) -> int:
-    """Compare an ONNX file with the network it should equal.
+    """Compare an ONNX file with the network it should equal; where it differs, say where.
 
     Exit code 1: they differ.
 
@@ -289,12 +289,19 @@ def verify(
     with _working(f"verifying {file}") as tell:
         loaded = _load(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
-        verdict = ds.verify(
-            loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
-        )
+        options: dict[str, Any] = {
+            "provider": provider,
+            "seeds": range(seeds),
+            "progress": tell,
+        }
+        verdict = ds.verify(loaded.module, file, inputs, **options)
+        place = None if verdict.ok else ds.locate(loaded.module, file, inputs, **options)
     if as_json:
-        return _print_json(verdict.to_json(), _code(verdict))
+        told = place.to_json() if place is not None else None
+        return _print_json({**verdict.to_json(), "place": told}, _code(verdict))
     _print(verdict.table(_width()))
+    if place is not None:
+        _print(f"\n{place.table(_width())}")
     return _code(verdict)
 
 

@@ -24,7 +24,7 @@ from dropsurgery.verify.cases import (
     variations,
 )
 from dropsurgery.verify.gate import Errors, Gate, Tally, errors, trust_limit
-from dropsurgery.verify.onnx_file import OnnxRunner
+from dropsurgery.verify.onnx_file import OnnxRunner, feeds_for
 from dropsurgery.verify.run import ModuleRunner
 from dropsurgery.verify.verdict import OutputVerdict, Verdict
 
@@ -303,17 +303,7 @@ class _Comparison:
 
     def _feeds(self, case: Case) -> dict[str, Tensor]:
         assert isinstance(self.other, OnnxRunner)
-        tensors = named_inputs(self.model, case.args, case.kwargs)
-        wanted = self.other.inputs
-        if all(name in tensors for name in wanted):
-            return {name: tensors[name] for name in wanted}
-        if len(wanted) != len(tensors):
-            raise VerifyError(
-                f"the file takes {len(wanted)} inputs and the call has {len(tensors)} tensors",
-                where=f"file: {', '.join(wanted)}; call: {', '.join(tensors)}",
-                fix="pass inputs= with the tensors that the file was exported with",
-            )
-        return dict(zip(wanted, tensors.values(), strict=True))
+        return feeds_for(self.other.inputs, named_inputs(self.model, case.args, case.kwargs))
 
     def _matched(self, expected: list[str], found: dict[str, Tensor]) -> dict[str, Tensor] | None:
         names = list(found)
@@ -398,3 +388,19 @@ def _reason(tally: Tally, found: Errors | None, limit: float) -> str:
 
 def _positional(tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(tensors), {}
+
+
+def comparison_cases(
+    reference: nn.Module,
+    candidate: str | os.PathLike[str] | nn.Module,
+    inputs: Any,
+    *,
+    provider: str,
+    seeds: Sequence[int],
+    batch_sizes: Sequence[int],
+) -> Iterator[Case]:
+    """Return the calls that `verify` compares; the arguments and errors are those of `verify`."""
+    _check_arguments(reference, candidate, provider)
+    seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
+    comparison = _Comparison(reference, candidate, provider, Gate(), None)
+    return comparison.cases(inputs, seeds, batch_sizes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+T = TypeVar("T")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
@@ -49,7 +51,7 @@ class OnnxRunner:
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
-        model = _read(path)
+        model = read_model(path)
         self._session = _session(path, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
@@ -93,12 +95,17 @@ class OnnxRunner:
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on tensors by name."""
-        feeds = {name: _to_value(tensor) for name, tensor in inputs.items()}
+        feeds = {name: to_value(tensor) for name, tensor in inputs.items()}
         results = self._session.run_with_ort_values(None, feeds)
-        return {name: _to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
+        return {name: to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
 
 
-def _read(path: Path) -> Any:
+def read_model(path: Path) -> Any:
+    """Return the graph of a file without its external weights.
+
+    Raises:
+        VerifyError: there is no such file, or it is no ONNX model.
+    """
     import onnx
 
     try:
@@ -147,7 +154,8 @@ def _session(path: Path, provider: str) -> Any:
     return session
 
 
-def _to_value(tensor: Tensor) -> Any:
+def to_value(tensor: Tensor) -> Any:
+    """Return a tensor as onnxruntime takes it."""
     import onnxruntime
 
     tensor = tensor.detach().cpu().contiguous()
@@ -157,7 +165,25 @@ def _to_value(tensor: Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def _to_tensor(value: Any) -> Tensor:
+def to_tensor(value: Any) -> Tensor:
+    """Return a copy of what onnxruntime computed."""
     if value.data_type() == "tensor(bfloat16)":  # numpy has no such dtype
         return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
     return torch.from_numpy(value.numpy().copy())
+
+
+def feeds_for(inputs: list[str], tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return a call's tensors under the names of a graph's inputs.
+
+    Raises:
+        VerifyError: their number differs.
+    """
+    if all(name in tensors for name in inputs):
+        return {name: tensors[name] for name in inputs}
+    if len(inputs) != len(tensors):
+        raise VerifyError(
+            f"the file takes {len(inputs)} inputs and the call has {len(tensors)} tensors",
+            where=f"file: {', '.join(inputs)}; call: {', '.join(tensors)}",
+            fix="pass inputs= with the tensors that the file was exported with",
+        )
+    return dict(zip(inputs, tensors.values(), strict=True))

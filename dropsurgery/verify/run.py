@@ -43,7 +43,7 @@ class ModuleRunner:
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.dtypes = {parameter.dtype for parameter in model.parameters()}
         self._model = model
-        self._native = _inference_clone(model)
+        self._native = inference_clone(model)
 
     def __call__(self, case: Case) -> dict[str, Tensor]:
         """Return the outputs in the module's own dtype."""
@@ -52,7 +52,7 @@ class ModuleRunner:
     def float64(self, case: Case) -> dict[str, Tensor]:
         """Return the outputs of the same network computed in float64 throughout."""
         # A fresh clone: a forward that keeps a cache must not find one of another dtype.
-        return self._run(_inference_clone(self._model), case, Float64(), wide=True)
+        return self._run(inference_clone(self._model), case, Float64(), wide=True)
 
     def _run(
         self,
@@ -92,7 +92,8 @@ class ModuleRunner:
         return {name: tensor.detach().cpu() for name, tensor in outputs.items()}
 
 
-def _inference_clone(model: nn.Module) -> nn.Module:
+def inference_clone(model: nn.Module) -> nn.Module:
+    """Return a clone in eval mode: parameters are shared, buffers copied, flags its own."""
     clone = clone_structure(model)
     copies: dict[int, Tensor] = {}
     for module in clone.modules():
