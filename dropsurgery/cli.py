@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
+from torch import nn
 
 import dropsurgery as ds
 from dropsurgery import inspection, skeleton
@@ -62,6 +63,7 @@ from dropsurgery.errors import ArgumentError, DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
+from dropsurgery.verify.location import Location
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -309,6 +311,8 @@ def verify(
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
 
+    Where they differ, it says at which module.
+
     verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
     those of the verdict that export, or verify --record, wrote into the file.
 
@@ -322,17 +326,32 @@ def verify(
     with working(f"verifying {file}") as tell:
         loaded = _load(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
-        verdict = ds.verify(
-            loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
-        )
+        options: dict[str, Any] = {
+            "provider": provider,
+            "seeds": range(seeds),
+            "progress": tell,
+        }
+        verdict = ds.verify(loaded.module, file, inputs, **options)
+        place = None if verdict.ok else _place(loaded.module, file, inputs, options)
         if record:
             ds.record(file, loaded.module, verdict, key=key)
     if as_json:
-        return print_json(verdict.to_json(), verdict_code(verdict))
+        told = place.to_json() if isinstance(place, Location) else place
+        return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
     echo(verdict.table(width()))
+    if place is not None:
+        echo(f"\n{place.table(width()) if isinstance(place, Location) else place}")
     if record:
         echo(f"recorded in {file}")
     return verdict_code(verdict)
+
+
+def _place(module: nn.Module, file: str, inputs: Any, options: dict[str, Any]) -> Location | str:
+    """Return where a file differs, or why that cannot be said: the verdict stands either way."""
+    try:
+        return ds.locate(module, file, inputs, **options)
+    except DropsurgeryError as error:
+        return f"the place was not found: {error}"
 
 
 def _verify_record(path: str, key: bytes | None, as_json: bool) -> int:
