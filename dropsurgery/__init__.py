@@ -56,11 +56,13 @@ from dropsurgery.graph.residual import find_residuals
 from dropsurgery.graph.trace import trace
 from dropsurgery.layers import DropPath
 from dropsurgery.monte_carlo import draw_masks, mc_predict
+from dropsurgery.passes.bake_parametrizations import BakeParametrizations
 from dropsurgery.passes.base import apply
 from dropsurgery.passes.drop_path import InsertDropPath, RemoveDropPath
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_affine import FoldAffine
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.fold_input_normalization import FoldInputNormalization
 from dropsurgery.passes.insert_cutout import InsertCutout
 from dropsurgery.passes.insert_drop_block import InsertDropBlock
 from dropsurgery.passes.insert_drop_connect import InsertDropConnect
@@ -69,6 +71,7 @@ from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedCha
 from dropsurgery.passes.merge_branches import MergeLinearBranches
 from dropsurgery.passes.move_dropout import MoveDropoutAfterLastNorm
 from dropsurgery.passes.remove_drops import RemoveDrops
+from dropsurgery.passes.remove_no_ops import RemoveNoOps
 from dropsurgery.passes.tap import tap
 from dropsurgery.provenance import check_record, hash_weights, record
 from dropsurgery.rates import RateSchedule
@@ -86,11 +89,13 @@ from dropsurgery import testing  # isort: skip
 __version__ = "0.1.0"
 
 __all__ = [
+    "BakeParametrizations",
     "ConvertDropout",
     "DropPath",
     "DropsurgeryError",
     "FoldAffine",
     "FoldBatchNorm",
+    "FoldInputNormalization",
     "InsertCutout",
     "InsertDropBlock",
     "InsertDropConnect",
@@ -103,6 +108,7 @@ __all__ = [
     "RateSchedule",
     "RemoveDropPath",
     "RemoveDrops",
+    "RemoveNoOps",
     "SurvivalSchedule",
     "apply",
     "check_distributed",

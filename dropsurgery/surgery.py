@@ -10,12 +10,14 @@ from torch import fx, nn
 
 from dropsurgery import survival
 from dropsurgery.layers.drop_path import Mode
+from dropsurgery.passes.bake_parametrizations import BakeParametrizations
 from dropsurgery.passes.base import Pass, apply
 from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from dropsurgery.passes.inference import DropUnused, KeepEval
 from dropsurgery.passes.merge_branches import MergeLinearBranches
+from dropsurgery.passes.remove_no_ops import RemoveNoOps
 
 logger = logging.getLogger("dropsurgery")
 
@@ -23,7 +25,9 @@ logger = logging.getLogger("dropsurgery")
 # What `slim` is made of; `apply(model, *SLIM)` also tells what was done.
 SLIM: tuple[Pass, ...] = (
     KeepEval(),
+    BakeParametrizations(),
     ConvertDropout("identity", always_on=False),
+    RemoveNoOps(),
     MergeLinearBranches(),
     FoldBatchNorm(),
     DropUnused(),

@@ -1,4 +1,4 @@
-"""Values of a graph that do not depend on its inputs."""
+"""Values of a graph that the network's input does not change."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from dropsurgery.graph.affine import Refused, fetch
-from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
+from dropsurgery.graph.affine import fetch
 
-# What is computed of parameters by itself: views, and arithmetic of them and numbers.
-_PLAIN = frozenset({Kind.ALIAS, Kind.ADD, Kind.SUB, Kind.PRODUCT})
+_METHODS = frozenset(
+    {"reshape", "view", "unsqueeze", "squeeze", "permute", "transpose", "flatten", "contiguous"}
+)
+_FUNCTIONS = frozenset(
+    {torch.reshape, torch.unsqueeze, torch.squeeze, torch.permute, torch.transpose, torch.flatten,
+     operator.getitem}
+)  # fmt: skip
 
 
-def constant(module: fx.GraphModule, operand: Any) -> Tensor | int | float | None:
-    """Return the value of a number, a parameter or buffer, or what views and arithmetic make of it.
+def constant(root: nn.Module, value: Any) -> Tensor | None:
+    """Return a Python number, a parameter, a buffer or a view of one; None for anything else.
 
-    Returns:
-        The value; None where it depends on an input, or is computed in another way.
+    Args:
+        root: the module whose paths the graph's nodes name.
+        value: an argument of a node.
     """
-    if isinstance(operand, int | float) and not isinstance(operand, bool):
-        return operand
-    if not isinstance(operand, fx.Node):
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, fx.Node):
         return None
-    try:
-        value = _evaluate(module, operand)
-    except Refused:
+    if value.op == "get_attr":
+        found = fetch(root, str(value.target))
+        return found.detach() if isinstance(found, Tensor) else None
+    known = value.target in (_METHODS if value.op == "call_method" else _FUNCTIONS)
+    if not known or value.op not in ("call_method", "call_function"):
         return None
-    return value if isinstance(value, Tensor | int | float) else None
-
-
-def _evaluate(module: fx.GraphModule, node: fx.Node) -> Any:
-    if node.op == "get_attr":
-        value = fetch(module, str(node.target))
-        return value.detach() if isinstance(value, Tensor) else value
-    is_plain = node.op in ("call_function", "call_method") and kind_of(module, node) in _PLAIN
-    if not is_plain or writes_in_place(module, node) or node.target is operator.matmul:
-        raise Refused("it is computed in a way that is not followed")
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _evaluate(module, n))
-    with torch.no_grad():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    if not value.args or value.all_input_nodes != [value.args[0]]:
+        return None
+    source = constant(root, value.args[0])
+    if source is None:
+        return None
+    function: Any = (
+        getattr(source, str(value.target)) if value.op == "call_method" else value.target
+    )
+    arguments = value.args[1:] if value.op == "call_method" else (source, *value.args[1:])
+    return function(*arguments, **value.kwargs)

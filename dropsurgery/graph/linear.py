@@ -125,12 +125,13 @@ class Linear:
         both = values[0] is not None and values[1] is not None
         if not isinstance(data, fx.Node) or value is None or both:
             return None
-        value = value.double() if isinstance(value, Tensor) and value.ndim == 0 else value
+        is_number = not isinstance(left if data is right else right, fx.Node)
+        amount: Tensor | float = float(value) if is_number else value
         if kind is Kind.PRODUCT:
-            return _product(name.strip("_"), data, value, is_left=data is left)
+            return _product(name.strip("_"), data, amount, is_left=data is left)
         if data is left:
-            return Gain(data, summand=sign * value)
-        return Gain(data, factor=sign, summand=value)
+            return Gain(data, summand=sign * amount)
+        return Gain(data, factor=sign, summand=amount)
 
     def behind_same(self, node: fx.Node) -> fx.Node:
         """Return the node that computes a value, behind operations that return their operand."""
