@@ -212,7 +212,7 @@ class Ledger:
             if state is not None:
                 for affine in (state.before, state.after):
                     if affine is not None and not _finite(affine):
-                        raise Refused(f"{state.carrier.label} would have to divide by zero")
+                        raise Refused(f"{state.carrier.label} would have to take in numbers that are not finite")
                 reason = loses_precision(state.carrier, state.after or _nothing(), state.before)
                 if reason is not None:
                     raise Refused(f"{reason}, in {state.carrier.label}")
