@@ -346,7 +346,7 @@ def verify(
     return verdict_code(verdict)
 
 
-def _place(module: nn.Module, file: str, inputs: Any, options: dict[str, Any]) -> Location | str:
+def _place(module: nn.Module, file: Path, inputs: Any, options: dict[str, Any]) -> Location | str:
     """Return where a file differs, or why that cannot be said: the verdict stands either way."""
     try:
         return ds.locate(module, file, inputs, **options)

@@ -1,4 +1,4 @@
-"""What the tests of FoldBatchNorm share."""
+"""What the tests of FoldBatchNorm and FoldAffine share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dropsurgery.graph.trace import trace
 from dropsurgery.layers import FollowTraining
 from dropsurgery.passes.base import Pass, Result, apply
+from dropsurgery.passes.fold_affine import FoldAffine
 from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
 from tests.helpers import randomize
 
@@ -51,7 +53,7 @@ def fold(
     *inputs: Tensor,
     shapes: bool = False,
     tolerance: float = 1e-12,
-    by: Pass = FoldBatchNorm(),  # noqa: B008 - passes are frozen
+    by: Pass | None = None,
 ) -> Result:
     """Fold, or run another pass, and hold it to: same function, the model untouched, a graph that
     is sound.
@@ -60,7 +62,7 @@ def fold(
     names = dict(model.named_modules())
     with torch.no_grad():
         expected = model(*(value.clone() for value in inputs))
-    result = apply(model, by, example_inputs=inputs if shapes else None)
+    result = apply(model, by or FoldBatchNorm(), example_inputs=inputs if shapes else None)
     with torch.no_grad():
         actual = result.module(*(value.clone() for value in inputs))
         again = model(*(value.clone() for value in inputs))
@@ -72,6 +74,29 @@ def fold(
     assert dict(model.named_modules()) == names
     result.module.graph.lint()
     return result
+
+
+def fold_affine(
+    model: nn.Module, *inputs: Tensor, shapes: bool = True, tolerance: float = 1e-12, **how: Any
+) -> Result:
+    """Fold every affine map, never into more nodes, and hold the result to the same."""
+    given = inputs if shapes else None
+    before = len(trace(model, example_inputs=given).graph.nodes)
+    item = FoldAffine(**how)
+    result = fold(model, *inputs, shapes=shapes, tolerance=tolerance, by=item)
+    assert len(result.module.graph.nodes) <= before
+    return result
+
+
+def calls(module: fx.GraphModule) -> list[str]:
+    """Return what a graph calls, in order: class names, function names, methods."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            found.append(type(module.get_submodule(node.target)).__name__)
+        elif node.op in ("call_function", "call_method"):
+            found.append(getattr(node.target, "__name__", str(node.target)))
+    return found
 
 
 def assert_all_folded(result: Result) -> None:

@@ -168,6 +168,7 @@ class Ledger:
 
     def scale_of(self, name: str) -> Tensor:
         """Return what a map multiplies with."""
+        self.read(name)
         return self.maps[name].affine.scale
 
     def apply(self, move: Move) -> dict[str, MapState | LayerState]:
@@ -212,7 +213,9 @@ class Ledger:
             if state is not None:
                 for affine in (state.before, state.after):
                     if affine is not None and not _finite(affine):
-                        raise Refused(f"{state.carrier.label} would have to divide by zero")
+                        raise Refused(
+                            f"{state.carrier.label} would take in numbers that are not finite"
+                        )
                 reason = loses_precision(state.carrier, state.after or _nothing(), state.before)
                 if reason is not None:
                     raise Refused(f"{reason}, in {state.carrier.label}")

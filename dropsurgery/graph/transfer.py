@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dropsurgery.graph.affine import Refused
+from dropsurgery.graph.affine import Refused, identity_input
 from dropsurgery.graph.carriers import check_alone, input_axis, is_padded, output_axis, read_carrier
 from dropsurgery.graph.channel_maps import ADDS, operands
 from dropsurgery.graph.channels import Shapes
@@ -305,6 +305,10 @@ class Scene:
             group = self.memory.group(wire)
             self._pure.update(dict.fromkeys(group, is_pure(self.memory, group)))
         return self._pure[wire]
+
+    def is_identity(self, node: fx.Node) -> bool:
+        """Say whether a node returns its input as it is: a drop layer in eval, `nn.Identity`."""
+        return node.op != "placeholder" and identity_input(node, self.called(node)) is not None
 
     def joined(self, node: fx.Node, data: fx.Node) -> None:
         """Note that a map is gone, so that its output is its input."""

@@ -70,11 +70,21 @@ def unary(
     mapper: Mapper, source: fx.Node, scene: Scene, node: fx.Node, known: Known
 ) -> list[Option]:
     """Settle an operation with one operand: the operand's gauge decides, else the output's."""
-    back = source not in known
-    gauge = known[node if back else source]
-    if gauge.axis is not None:
-        gauge = mapper(scene.shapes, node, source, gauge, back)
-    return [Option(((source if back else node, gauge),))]
+    if not set(known) <= {source, node}:
+        raise lost(node, "reads it as something else than its operand")
+    ways = [False] * (source in known) + [True] * (node in known)
+    for index, back in enumerate(ways):
+        gauge = known[node if back else source]
+        try:
+            if gauge.axis is not None:
+                gauge = mapper(scene.shapes, node, source, gauge, back)
+        except Refused:
+            # Pixel shuffle and some reshapes hand a vector on in one direction only.
+            if index + 1 == len(ways):
+                raise
+            continue
+        return [Option(((source if back else node, gauge),))]
+    return [Option()]
 
 
 def _only_scale(node: fx.Node, known: Known, why: str) -> None:

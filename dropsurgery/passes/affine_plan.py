@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.channel_maps import ChannelMap, read_map
-from dropsurgery.graph.channels import moves_axes
+from dropsurgery.graph.dense import can_be_plain, needs_dense
 from dropsurgery.graph.gauge import Gauge, Part
 from dropsurgery.graph.ledger import Deposit, LayerState, Ledger, MapState, Move, held_in
 from dropsurgery.graph.memory import Memory
@@ -29,10 +29,12 @@ class Rewrite:
     Attributes:
         node: its node.
         how: "gone"; "shift" or "scale", a single addition or multiplication; "norm", a BatchNorm
-            with another weight and bias.
+            with another weight and bias; "identity", a drop layer that was passed.
         path: the path of the module that is called now, where there is one.
         ones: how many axes come behind the channels'.
         dtype: the dtype of what is added or multiplied.
+        fresh: nodes that wrote in place and now must not: they would write into what others read.
+        dense: whether what the map read has to be made contiguous, as the map's output was.
     """
 
     node: str
@@ -40,6 +42,8 @@ class Rewrite:
     path: str = ""
     ones: int = 0
     dtype: str = ""
+    fresh: tuple[str, ...] = ()
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Planner:
         self.moves: list[Move] = []
         self.dtypes: dict[str, torch.dtype] = {}
         self.kept: set[str] = set()
+        self.fresh: dict[str, tuple[str, ...]] = {}
+        self.passed: dict[str, None] = {}
 
     def _read_maps(self) -> dict[str, ChannelMap]:
         found: dict[str, ChannelMap] = {}
@@ -138,6 +144,7 @@ class Planner:
             if len(self.moves) == before:
                 break
         writes, rewrites = self._writes(), self._rewrites()
+        rewrites += [Rewrite(name, "identity") for name in self.passed]
         steps = (*self.moves, *writes, *rewrites)
         return Plan(tuple(self._changes(writes, rewrites)), tuple(self._skips()), steps)
 
@@ -194,6 +201,7 @@ class Planner:
                 reasons.append(f"its {part} cannot go {way}: {refused}")
                 continue
             self.moves.append(move)
+            self.passed.update(dict.fromkeys(wire.name for wire in self.passing))
             undo.append(old)
             if dtype is not None:
                 self.dtypes[name] = dtype
@@ -206,11 +214,13 @@ class Planner:
         wire = node if forward else state.read.data
         if forward and state.read.tail:
             self._check_tail(node, state, part, vector)
+        self.passing: list[fx.Node] = []
         gauge = Gauge(state.axis, vector, part)
         if gauge.is_identity():
             return Move(name, part, forward, ()), None
         spread = self.scene.spread(node, wire, gauge)
         dtype = self._check_dtypes(state, spread, forward)
+        self.passing = [wire for wire in spread.gauges if self.scene.is_identity(wire)]
         return Move(name, part, forward, spread.as_deposits()), dtype
 
     def _vector(self, name: str, part: Part, forward: bool) -> Tensor:
@@ -273,42 +283,66 @@ class Planner:
         state, node = self.ledger.maps[name], self.nodes[name]
         data = state.read.data
         if state.is_gone:
-            self._check_removal(node, data)
+            self.fresh[name] = self._check_removal(node, data)
             self.scene.joined(node, data)
             return
-        rank = self.scene.shapes.rank(data)
-        if rank is None and state.read.norm is not None and state.read.norm.ranks is not None:
-            (rank,) = state.read.norm.ranks if len(state.read.norm.ranks) == 1 else (None,)
-        if rank is None:
+        if self._rank(state) is None:
             raise Refused("its rank is not known, so that no part of it can stay alone")
-        if moves_axes(data):
+        if needs_dense(node, data):
             raise Refused("only a part of it could move, and its input is not contiguous")
-        dtype = self.dtypes.get(name)
-        if dtype is None or not held_in(state.affine, dtype):
+        dtype = self._dtype(name, state)
+        if dtype is None:
+            raise Refused("the dtype of its input is not known: trace with example inputs")
+        if not held_in(state.affine, dtype):
             raise Refused(f"what would stay of it cannot be held in {dtype}")
 
-    def _check_removal(self, node: fx.Node, data: fx.Node) -> None:
-        """Raise Refused where a write in place would reach what others read.
+    def _rank(self, state: MapState) -> int | None:
+        rank, norm = self.scene.shapes.rank(state.read.data), state.read.norm
+        if rank is None and norm is not None and norm.ranks is not None and len(norm.ranks) == 1:
+            return norm.ranks[0]
+        return rank
+
+    def _dtype(self, name: str, state: MapState) -> torch.dtype | None:
+        """Return the dtype of what stays of a map: that of the values it is joined to."""
+        norm, meta = state.read.norm, state.read.data.meta.get("tensor_meta")
+        if name in self.dtypes:
+            return self.dtypes[name]
+        if norm is not None and norm.promotes:
+            return norm.mean.dtype
+        return getattr(meta, "dtype", None) or state.read.dtype
+
+    def _check_removal(self, node: fx.Node, data: fx.Node) -> tuple[str, ...]:
+        """Return which writes in place have to become plain operations when a map goes.
 
         The map's output was a new value. Once it is its input, what wrote into the one writes
         into the other.
+
+        Raises:
+            Refused: one of them cannot be made plain.
         """
-        group = [*dict.fromkeys((*self.memory.group(node), *self.memory.group(data)))]
+        own = self.memory.group(node)
+        group = [*dict.fromkeys((*own, *self.memory.group(data)))]
         tail = self.ledger.maps[node.name].read.tail
-        inplace = any(
-            getattr(self.ledger.modules[f"{node.target}.{name}"], "inplace", False) for name in tail
-        )
-        writes = [n for n in group if n in self.memory.writes] + ([node] if inplace else [])
+        layers = [self.ledger.modules[f"{node.target}.{name}"] for name in tail]
+        writes = [value for value in own if value in self.memory.writes]
+        if any(getattr(layer, "inplace", False) for layer in layers):
+            writes.append(node)
         if not writes:
-            return
-        if any(value.op in ("placeholder", "get_attr") for value in group):
-            raise Refused("what is written in place behind it would be written into its input")
-        if inplace:
-            self.memory.writes.add(node)
-        readers = [value for value in group if value is not node]
-        if not is_pure(self.memory, [*readers, node]):
-            self.memory.writes.discard(node)
-            raise Refused("what is written in place behind it would be written into its input")
+            if is_pure(self.memory, group):
+                return ()
+            raise Refused("its input is written in place while its output is read")
+        self.memory.writes.add(node) if node in writes else None
+        given = any(value.op in ("placeholder", "get_attr") for value in group)
+        if not given and is_pure(self.memory, group):
+            return ()
+        self.memory.writes -= set(writes)
+        fixed = all(
+            value is node or can_be_plain(value, self.scene.called(value)) for value in writes
+        )
+        if fixed and is_pure(self.memory, group):
+            return tuple(value.name for value in writes)
+        self.memory.writes |= set(writes) - {node}
+        raise Refused("what is written in place behind it would be written into its input")
 
     # --- all of them ----------------------------------------------------------------------------
 
@@ -316,11 +350,13 @@ class Planner:
         """Return the new weights: one set for all calls of a layer that get the same."""
         groups: list[list[str]] = []
         by_layer: dict[int, list[list[str]]] = {}
-        for name, state in self.ledger.layers.items():
+        used = {deposit.node for move in self.moves for deposit in move.deposits}
+        layers = {name: state for name, state in self.ledger.layers.items() if name in used}
+        for name, state in layers.items():
             layer = state.carrier.module
             found = by_layer.setdefault(id(layer or state.carrier), [])
             for group in found:
-                if self.ledger.layers[group[0]].same(state):
+                if layers[group[0]].same(state):
                     group.append(name)
                     break
             else:
@@ -330,11 +366,11 @@ class Planner:
         own: set[int] = set()
         writes = []
         for names in groups:
-            layer = self.ledger.layers[names[0]].carrier.module
+            layer = layers[names[0]].carrier.module
             path = ""
             if layer is not None:
                 calls = {call.name for call in self.scene.uses.calls(layer)}
-                all_fold = calls <= set(self.ledger.layers)
+                all_fold = calls <= set(layers)
                 if id(layer) in own or not all_fold or self.scene.uses.is_within(layer):
                     path = self._fresh(str(self.nodes[names[0]].target), "folded", taken)
                 else:
@@ -357,29 +393,23 @@ class Planner:
             if not state.touched and state.scales == read.scales and state.shifts == read.shifts:
                 continue
             if state.is_gone:
-                found.append(Rewrite(name, "gone"))
+                dense, fresh = needs_dense(node, read.data), self.fresh[name]
+                found.append(Rewrite(name, "gone", fresh=fresh, dense=dense))
                 continue
             target = str(node.target) if node.op == "call_module" else self._own_path(node)
             if state.scales and state.shifts:
                 found.append(Rewrite(name, "norm", self._fresh(target, "folded", taken)))
                 continue
             how = "scale" if state.scales else "shift"
-            rank = self.scene.shapes.rank(read.data)
-            if rank is None and read.norm is not None and read.norm.ranks is not None:
-                rank = read.norm.ranks[0]
+            rank = self._rank(state)
             ones = 0 if state.axis is None or rank is None else rank - 1 - state.axis
-            dtype = str(self._dtype(name, state)).removeprefix("torch.")
+            dtype = str(self._dtype(name, state) or torch.float32).removeprefix("torch.")
             found.append(Rewrite(name, how, self._fresh(target, how, taken), ones, dtype))
         return found
 
     def _own_path(self, node: fx.Node) -> str:
         owner = module_path(node)
         return f"{owner}.{node.name}" if owner else node.name
-
-    def _dtype(self, name: str, state: MapState) -> torch.dtype:
-        if name in self.dtypes:
-            return self.dtypes[name]
-        return state.read.dtype or torch.float32
 
     def _skips(self) -> list[Skip]:
         """Say why what is left of the maps is left."""
@@ -418,6 +448,9 @@ class Planner:
             elif state.read.tail:
                 what += f"; its {' and '.join(state.read.tail)} stays"
             changes.append(Change(module_path(node), name, what))
+        for name in self.passed:
+            what = f"{self.scene.label(self.nodes[name])} removed: in eval mode it is the identity"
+            changes.append(Change(module_path(self.nodes[name]), name, what))
         if changes and isinstance(self.module, TwoModeGraphModule):
             gone = "the training graph was dropped: this is an inference graph"
             changes.append(Change("", "", gone))
@@ -425,5 +458,17 @@ class Planner:
 
     def _target(self, deposit: Deposit, copies: Mapping[str, str]) -> str:
         label = self.scene.label(self.nodes[deposit.node])
-        copy = copies.get(deposit.node)
-        return label if copy is None else f"{label} (a copy, '{copy}')"
+        copy, state = copies.get(deposit.node), self.ledger.layers.get(deposit.node)
+        if copy is not None:
+            return f"{label} (a copy, '{copy}')"
+        if state is None:
+            return label
+        weight, operand = state.carrier.weight, state.carrier.operands[0]
+        own = self.nodes[deposit.node].target
+        if operand is not None:
+            own = str(operand.target).rpartition(".")[0]
+        owner = self.ledger.modules[str(own)]
+        tied = [p for p in self.scene.uses.holders(weight) if self.ledger.modules[p] is not owner]
+        if not tied:
+            return label
+        return f"{label} (its weight is no longer tied to that of {', '.join(map(repr, tied))})"

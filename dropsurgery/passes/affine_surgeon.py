@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dropsurgery.errors import PassError
 from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.clone import clone_structure
+from dropsurgery.graph.dense import make_plain
 from dropsurgery.graph.ledger import Ledger, MapState, Move
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
 from dropsurgery.passes.affine_plan import Rewrite, Write
@@ -55,9 +56,15 @@ class Surgeon(WeightEditor):
 
     def rewrite(self, ledger: Ledger, step: Rewrite) -> None:
         """Put what is left of a map in its place."""
-        state, node = ledger.maps[step.node], self.nodes[step.node]
+        node = self.nodes[step.node]
+        if step.how == "identity":
+            self.bypass(node)
+            return
+        state = ledger.maps[step.node]
         if step.how == "gone":
-            self.take_map_out(node, self.data(node, state), state.read.tail)
+            for name in step.fresh:
+                make_plain(self.nodes[name], ledger.called(self.nodes[name]))
+            self.take_map_out(node, self.data(node, state), state.read.tail, dense=step.dense)
             return
         if step.how == "norm":
             self.add(step.path, _norm(ledger.called(node), state))
@@ -75,7 +82,7 @@ class Surgeon(WeightEditor):
             new = self.graph.call_module(step.path, (self.data(node, state),))
         self.place(new, node)
         tail = () if step.how == "norm" else state.read.tail
-        self.take_map_out(node, new, tail)
+        self.take_map_out(node, new, tail, dense=False)
 
     def data(self, node: fx.Node, state: MapState) -> fx.Node:
         """Return what a map reads now."""

@@ -19,7 +19,7 @@ from dropsurgery.graph.affine import (
     read_norm,
 )
 from dropsurgery.graph.carriers import check_alone
-from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis
+from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis, moves_axes
 from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -423,15 +423,9 @@ class _Surgeon(WeightEditor):
         node = self.nodes[name]
         return read_norm(self.module, node, self.called(node))
 
-    def bypass(self, node: fx.Node) -> None:
-        """Take out a node that returns its input as it is."""
-        called = self.called(node)
-        data = identity_input(node, called)
-        assert data is not None
-        node.replace_all_uses_with(data)
-        self.erase(node)
-
     def remove_norm(self, name: str) -> None:
         """Take a BatchNorm out; what it runs on the normalised value stays."""
         norm = self.norm(name)
-        self.take_map_out(self.nodes[name], norm.data, norm.tail)
+        # A BatchNorm's output is contiguous, and `view` behind it may rely on that.
+        dense = moves_axes(norm.data)
+        self.take_map_out(self.nodes[name], norm.data, norm.tail, dense=dense)

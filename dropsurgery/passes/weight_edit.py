@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-from dropsurgery.graph.channels import moves_axes
+from dropsurgery.graph.affine import identity_input
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.module import fresh_path
 from dropsurgery.graph.weighted import Weighted
@@ -39,11 +39,26 @@ class WeightEditor(Editor):
         kept = old.weight if old.bias is None else old.bias
         layer.bias = nn.Parameter(bias, kept.requires_grad)
 
-    def take_map_out(self, node: fx.Node, value: fx.Node, tail: Iterable[str]) -> None:
-        """Put a value in a map's place; what a BatchNorm runs on the normalised value stays."""
+    def bypass(self, node: fx.Node) -> None:
+        """Take out a node that returns its input as it is."""
+        data = identity_input(node, self.called(node))
+        assert data is not None
+        node.replace_all_uses_with(data)
+        self.erase(node)
+
+    def take_map_out(
+        self, node: fx.Node, value: fx.Node, tail: Iterable[str], *, dense: bool
+    ) -> None:
+        """Put a value in a map's place; what a BatchNorm runs on the normalised value stays.
+
+        Args:
+            node: the map.
+            value: the value.
+            tail: names of the map's submodules that stay.
+            dense: whether the value has to be made contiguous, as a BatchNorm's output is.
+        """
         with self.graph.inserting_before(node):
-            if moves_axes(value):
-                # A BatchNorm's output is contiguous, and `view` behind it may rely on that.
+            if dense:
                 value = self.graph.call_method("contiguous", (value,))
                 self.place(value, node)
             for child in tail:

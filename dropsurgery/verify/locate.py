@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dropsurgery.errors import ArgumentTypeError, DropsurgeryError, VerifyError
 from dropsurgery.graph.signature import argument_list, first_line
 from dropsurgery.verify.cases import Case
-from dropsurgery.verify.compare import Progress, comparison_cases
+from dropsurgery.verify.compare import comparison_cases
+from dropsurgery.verify.comparison import Progress
 from dropsurgery.verify.gate import Gate, Tally, errors
 from dropsurgery.verify.location import Location, Step
 from dropsurgery.verify.marked import MarkedGraph, Node, RunError
