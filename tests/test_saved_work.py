@@ -448,6 +448,20 @@ def test_what_can_only_be_masked_is_said() -> None:
     assert "masked: it drops less than the break-even 0.1" in result.changes[0].what
 
 
+def test_the_break_even_of_small_batches() -> None:
+    layer = ds.DropPath(0.3, "subset")  # break-even 0.1 for 64, (2 + 64/B)/3 of it for fewer
+    assert [layer.count(batch) for batch in (64, 32, 10, 9, 2, 1)] == [45, 23, 7, 9, 2, 1]
+    layer.drop_prob = 0.2
+    assert [layer.count(batch) for batch in (32, 16, 15)] == [26, 13, 15]
+    layer.drop_prob = 0.1
+    assert [layer.count(batch) for batch in (128, 64, 63)] == [116, 58, 63]
+    layer.drop_prob = 0.5  # as high as it gets
+    assert [layer.count(batch) for batch in (6, 2, 1)] == [3, 1, 1]
+    always = ds.DropPath(0.3, "subset", break_even=0.0)
+    assert [always.count(batch) for batch in (10, 2, 1)] == [7, 2, 1]
+    assert ds.DropPath(0.6, "subset", break_even=0.7).count(64) == 64
+
+
 def test_bad_break_even() -> None:
     with pytest.raises(ArgumentError, match=r"break_even must lie in \[0, 1\], got 2"):
         ds.InsertDropPath(ds.survival.linear(0.5), mode="subset", break_even=2)
