@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -54,10 +55,29 @@ FINAL = (0.5, 0.8)
 
 
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128, 32) for name in NETWORKS]
+# What tells glibc to keep freed memory.
+KEEPS = "MALLOC_TRIM_THRESHOLD_"
+KEEP_FREED = {
+    KEEPS: "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 # So many steps share the plain ones before and after them.
 TOGETHER = 3
 # At these batch sizes both rates are measured, at the others p_L = 0.5 alone.
 BOTH_RATES = (16, 64)
+
+
+def one_round(plain: Step, steps: dict[str, Step]) -> tuple[float, dict[str, float]]:
+    """Run every step; return the plain one's seconds, and each over the plain ones around it."""
+    ratios = {}
+    keys, before = list(steps), plain()
+    for start in range(0, len(keys), TOGETHER):
+        seconds = {key: steps[key]() for key in keys[start : start + TOGETHER]}
+        after = plain()
+        ratios.update({key: 2.0 * own / (before + after) for key, own in seconds.items()})
+        before = after
+    return before, ratios
 
 
 class Bench:
@@ -92,16 +112,9 @@ class Bench:
             self.sites[stage] = [site.path for site in sites if site.mode == "batch"]
             self.steps[f"without {stage}"] = Step(net, inputs, every_parameter=True)
 
-    def round(self) -> dict[str, float]:
-        """Run every step; return its time over that of the plain ones before and after it."""
-        ratios = {}
-        keys, before = list(self.steps), self.plain()
-        for start in range(0, len(keys), TOGETHER):
-            seconds = {key: self.steps[key]() for key in keys[start : start + TOGETHER]}
-            after = self.plain()
-            ratios.update({key: 2.0 * own / (before + after) for key, own in seconds.items()})
-            before = after
-        return {"plain, seconds": before, **ratios}
+    def round(self) -> tuple[float, dict[str, float]]:
+        """Run every step; see `one_round`."""
+        return one_round(self.plain, self.steps)
 
     def runs(self, key: str) -> dict[str, float]:
         """Return which share of each site's branch a mode runs, or ran in its last step."""
@@ -141,8 +154,11 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     bench.round()  # the first steps allocate
     ratios: dict[str, list[float]] = {}
     runs: dict[str, list[dict[str, float]]] = {key: [] for key in bench.computes}
+    plain: list[float] = []
     for _ in range(rounds):
-        for key, ratio in bench.round().items():
+        seconds, of_round = bench.round()
+        plain.append(seconds)
+        for key, ratio in of_round.items():
             ratios.setdefault(key, []).append(ratio)
         for key, found in runs.items():
             found.append(bench.runs(key))
@@ -150,7 +166,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
         stage: 1.0 - statistics.median(ratios.pop(f"without {stage}")) for stage in bench.sites
     }
     result: dict[str, Any] = {
-        "plain, seconds": statistics.median(ratios.pop("plain, seconds")),
+        "plain, seconds": statistics.median(plain),
         "rounds": rounds,
         "stages": {
             stage: {"operations": operations, "time": shares[stage]}
@@ -284,17 +300,17 @@ def memory(batch: int = 64) -> dict[str, Any]:
 
 # Break-even
 
-RATES = (0.02, 0.05, 0.1, 0.2)
+RATES = {"resnet110": (0.05, 0.1, 0.15, 0.2, 0.3)}
+OTHER_RATES = (0.05, 0.1)
 
 
 def break_even(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Return the ratio of "subset" at small constant rates, one stage at a time."""
+    """Return the ratio of "subset" at small constant rates, in the first and the last stage."""
     inputs = inputs_of(name, batch)
-    found: dict[str, Any] = {}
-    for stage in STAGES[name]:
-        steps = {"plain": Step(NETWORKS[name][0](), inputs)}
-        ideal = {}
-        for rate in RATES:
+    steps, ideals = {}, {}
+    for stage in dict.fromkeys((STAGES[name][0], STAGES[name][-1])):
+        for rate in RATES.get(name, OTHER_RATES):
+            key = f"{stage} {rate}"
             insertion = ds.InsertDropPath(
                 ds.survival.constant(1.0 - rate),
                 mode="subset",
@@ -302,19 +318,23 @@ def break_even(name: str, batch: int, rounds: int) -> dict[str, Any]:
                 break_even=0.0,
             )
             net = ds.apply(NETWORKS[name][0](), insertion).module
-            steps[str(rate)] = Step(net, inputs)
-            ideal[str(rate)] = ds.expected_compute(net, inputs[:1]).ratio
-        times: dict[str, list[float]] = {key: [] for key in steps}
-        for turn in range(rounds + 1):
-            for key, step in steps.items():
-                seconds = step()
-                if turn:
-                    times[key].append(seconds)
-        for key in ideal:
-            ratios = [a / b for a, b in zip(times[key], times["plain"], strict=True)]
-            found[f"{stage} {key}"] = {"ratio": statistics.median(ratios), "ideal": ideal[key]}
-        print(name, stage, {k: v for k, v in found.items() if k.startswith(stage)}, flush=True)
-    return found
+            steps[key] = Step(net, inputs)
+            ideals[key] = ds.expected_compute(net, inputs[:1]).ratio
+    plain = Step(NETWORKS[name][0](), inputs)
+    one_round(plain, steps)
+    ratios: dict[str, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, ratio in one_round(plain, steps)[1].items():
+            ratios[key].append(ratio)
+    return {
+        key: {
+            "ratio": statistics.median(own),
+            "ideal": ideals[key],
+            "low": min(own),
+            "high": max(own),
+        }
+        for key, own in ratios.items()
+    }
 
 
 # Results
@@ -341,6 +361,12 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write docs/train_step.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not (options.page or options.memory or options.peak) and not os.environ.get(KEEPS):
+        # Or the C library gives freed memory back, when depends on what ran before, and every page
+        # of it costs a fault: up to a third of a step of the plain ResNet-110, or nothing.
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED}
+        )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -351,8 +377,11 @@ def main() -> None:
         for name, value in memory().items():
             keep("memory", name, value)
     elif options.break_even:
-        for name in NETWORKS:
-            keep("break-even", name, break_even(name, 64, options.rounds))
+        for case in options.cases or [f"{name}:64" for name in NETWORKS]:
+            name, batch = case.split(":")
+            found = break_even(name, int(batch), options.rounds)
+            keep("break-even", case, found)
+            print(case, json.dumps(found), flush=True)
     elif options.page:
         from benchmarks.train_page import write
 

@@ -167,7 +167,7 @@ def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
         return keep, ""
     count = layer.count(batch)
     if count == batch and layer.drop_prob > 0.0:
-        below = layer.drop_prob < layer.break_even
+        below = layer.below_break_even(batch)
         reason = "below the break-even" if below else f"ceil({batch} · {keep:.4g}) is all of them"
         return 1.0, f"masked: {reason}"
     return count / batch, ""

@@ -80,6 +80,7 @@ def test_branches_inside_branches_multiply() -> None:
 def test_what_saves_nothing_is_said() -> None:
     net = ds.retrofit(torchvision.models.resnet18(), 0.5, mode="subset")
     net.layer1[0].drop_path.drop_prob = 0.01
+    net.layer1[1].drop_path.break_even = 0.0
     found = ds.expected_compute(net, (X[:2],))
     reasons = [site.reason for site in found.sites]
     assert reasons[0] == "masked: below the break-even"

@@ -448,6 +448,20 @@ def test_what_can_only_be_masked_is_said() -> None:
     assert "masked: it drops less than the break-even 0.1" in result.changes[0].what
 
 
+def test_the_break_even_of_small_batches() -> None:
+    layer = ds.DropPath(0.3, "subset")  # break-even 0.1 for 64, (2 + 64/B)/3 of it for fewer
+    assert [layer.count(batch) for batch in (64, 32, 10, 9, 2, 1)] == [45, 23, 7, 9, 2, 1]
+    layer.drop_prob = 0.2
+    assert [layer.count(batch) for batch in (32, 16, 15)] == [26, 13, 15]
+    layer.drop_prob = 0.1
+    assert [layer.count(batch) for batch in (128, 64, 63)] == [116, 58, 63]
+    layer.drop_prob = 0.5  # as high as it gets
+    assert [layer.count(batch) for batch in (6, 2, 1)] == [3, 1, 1]
+    always = ds.DropPath(0.3, "subset", break_even=0.0)
+    assert [always.count(batch) for batch in (10, 2, 1)] == [7, 2, 1]
+    assert ds.DropPath(0.6, "subset", break_even=0.7).count(64) == 64
+
+
 def test_bad_break_even() -> None:
     with pytest.raises(ArgumentError, match=r"break_even must lie in \[0, 1\], got 2"):
         ds.InsertDropPath(ds.survival.linear(0.5), mode="subset", break_even=2)
@@ -532,6 +546,25 @@ def test_rows_keep_the_memory_format(window: tuple[int, int], indexed: bool) -> 
     expected = x.clone()
     expected[chosen] *= 3
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 1)])
+def test_masked_sums(shape: tuple[int, ...], in_place: bool) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([1.7, 0.0, 1.7, 0.0])
+    skip = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 5, dtype=torch.float64)
+    expected = skip + branch * mask.double()[:, None, None]
+    found = add_rows(skip * 1.0, branch, Rows(mask=mask), 0, in_place)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    for leaf in (skip, branch):
+        (gradient,) = torch.autograd.grad((found * weight).sum(), leaf, retain_graph=True)
+        (right,) = torch.autograd.grad((expected * weight).sum(), leaf, retain_graph=True)
+        torch.testing.assert_close(gradient, right, rtol=1e-13, atol=1e-13)
+    half = add_rows(skip.detach().float(), branch.detach().bfloat16(), Rows(mask=mask))
+    assert half.dtype == torch.float32
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -15,9 +15,12 @@ from dropsurgery.survival import check_probability
 
 Mode = Literal["row", "subset", "batch"]
 
-# Below this drop probability computing a subset costs more than it saves; measured by
-# benchmarks/train_step.py --break-even.
+# Below this drop probability computing a subset costs more than it saves. Of the networks of
+# docs/train_step.md it is highest for ResNet-110, whose branches are the cheapest. On one core
+# there 0.1 pays for a batch of 64, 0.15 (and 0.1 not) for 32, 0.2 (and 0.15 not) for 16: a third of
+# the cost at 64 does not shrink with the batch.
 BREAK_EVEN = 0.1
+_FULL_BATCH = 64
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
 
@@ -55,9 +58,13 @@ class DropPath(nn.Module):
             probability that makes every sample survive with p exactly. Draws of different layers
             are independent; within a layer neighbours in the batch tend to go together, which in
             a shuffled batch is a random subset. Where that leaves out no sample, and for a
-            `drop_prob` below `break_even`, it draws like "row".
+            `drop_prob` below the break-even, it draws like "row".
         axis: where the batch is.
-        break_even: for "subset", the drop probability from which on it saves time.
+        break_even: for "subset", the drop probability from which on it saves time, for 64 samples
+            or more. Fewer save less and part of the cost stays: (2 + 64/B)/3 times as high for B,
+            at most 0.5 (or `break_even`, where that is higher). Compiled code goes by `break_even`
+            alone. The default was measured on one core with eager code, on a network of cheap
+            branches (`benchmarks/train_step.py --break-even`); 0 takes a subset always.
 
     Attributes:
         peak: the largest drop probability that the layer was given. Compiled code takes a subset
@@ -143,9 +150,15 @@ class DropPath(nn.Module):
         last = share >= 1.0 - 1e-9 or self._number(1) < share
         return Rows(last=last, scale=scale, window=(first, count))
 
+    def below_break_even(self, batch: int) -> bool:
+        """Say whether a subset of a batch costs more than it saves, in eager code."""
+        factor = (2.0 + _FULL_BATCH / max(batch, 1)) / 3.0
+        raised = min(self.break_even * factor, 0.5)
+        return self.drop_prob < max(self.break_even, raised)
+
     def count(self, batch: int) -> int:
         """Return for how many samples of a batch the branch is computed in training."""
-        if self.mode != "subset" or self.drop_prob < self.break_even:
+        if self.mode != "subset" or self.below_break_even(batch):
             return batch
         # The tolerance is for products such as 10 · 0.7, which floats do not hold.
         return min(max(math.ceil(batch * (1.0 - self.drop_prob) - 1e-9), 1), batch)

@@ -88,10 +88,13 @@ def add_rows(
         axis: where the batch is.
         in_place: write the sum into `skip`.
     """
-    if rows is not None and rows.mask is not None:
-        branch = branch * along(rows.mask, branch, axis).to(branch.dtype)
-    if rows is None or rows.mask is not None:
+    if rows is None:
         return skip.add_(branch) if in_place else skip + branch
+    if rows.mask is not None:
+        mask = along(rows.mask, branch, axis).to(branch.dtype)
+        if skip.shape == branch.shape and skip.dtype == branch.dtype:  # no product of its own
+            return skip.addcmul_(branch, mask) if in_place else torch.addcmul(skip, branch, mask)
+        return skip.add_(branch * mask) if in_place else skip + branch * mask
     if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
         skip, branch = _alike(skip, branch, axis, in_place)
     if rows.window is not None and not in_place:

@@ -81,7 +81,7 @@ class InsertDropPath(Pass):
         count: over which sites l and L count: "all", chosen or not, or "chosen". (Unit "position"
             counts every block there is.)
         break_even: with mode "subset", sites that drop less than this are masked: taking rows
-            apart costs more than it saves there. In [0, 1].
+            apart costs more than it saves there. In [0, 1]; see `DropPath` for small batches.
         include: what else counts as a site: "linear" (adds whose branch is affine), "nested" (long
             skips around other residual sites); see `find_residuals`.
 
