@@ -13,7 +13,7 @@ from dropsurgery.layers.drop_path import Mode
 from dropsurgery.passes.base import Pass, apply
 from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
-from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.fold_affine import FoldAffine
 from dropsurgery.passes.inference import DropUnused, KeepEval
 
 logger = logging.getLogger("dropsurgery")
@@ -23,7 +23,7 @@ logger = logging.getLogger("dropsurgery")
 SLIM: tuple[Pass, ...] = (
     KeepEval(),
     ConvertDropout("identity", always_on=False),
-    FoldBatchNorm(),
+    FoldAffine(),
     DropUnused(),
 )
 
@@ -86,7 +86,7 @@ def retrofit(
 
 
 def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
-    """Return the inference graph of a network: drops gone, BatchNorm folded, ready to export.
+    """Return the inference graph of a network: drops gone, BatchNorms folded, ready to export.
 
     The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
     eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded
@@ -96,7 +96,7 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     Args:
         model: any `nn.Module`, or a GraphModule that dropsurgery returned.
         example_inputs: positional inputs; where given, shapes are known and more can be folded
-            (a BatchNorm behind a linear layer needs to know its input's rank).
+            (which axis holds the channels behind a linear layer, a reshape or a concatenation).
 
     Raises:
         TraceError: the network cannot be turned into a graph.
