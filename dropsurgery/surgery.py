@@ -14,7 +14,7 @@ from dropsurgery.passes.bake_parametrizations import BakeParametrizations
 from dropsurgery.passes.base import Pass, apply
 from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
-from dropsurgery.passes.fold_batchnorm import FoldBatchNorm
+from dropsurgery.passes.fold_affine import FoldAffine
 from dropsurgery.passes.inference import DropUnused, KeepEval
 from dropsurgery.passes.merge_branches import MergeLinearBranches
 from dropsurgery.passes.remove_no_ops import RemoveNoOps
@@ -29,7 +29,7 @@ SLIM: tuple[Pass, ...] = (
     ConvertDropout("identity", always_on=False),
     RemoveNoOps(),
     MergeLinearBranches(),
-    FoldBatchNorm(),
+    FoldAffine(),
     DropUnused(),
 )
 
@@ -92,7 +92,7 @@ def retrofit(
 
 
 def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
-    """Return the inference graph of a network: drops gone, branches merged, BatchNorm folded.
+    """Return the inference graph of a network: drops gone, branches merged, BatchNorms folded.
 
     The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
     eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded
@@ -102,7 +102,7 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     Args:
         model: any `nn.Module`, or a GraphModule that dropsurgery returned.
         example_inputs: positional inputs; where given, shapes are known and more can be folded
-            (a BatchNorm behind a linear layer needs to know its input's rank).
+            (which axis holds the channels behind a linear layer, a reshape or a concatenation).
 
     Raises:
         TraceError: the network cannot be turned into a graph.

@@ -121,7 +121,7 @@ def test_metadata_says_what_made_it(tmp_path: Path) -> None:
     assert json.loads(plain["dropsurgery.outputs"]) == ["output"]
     slim = metadata(ds.export_onnx(ds.slim(small()), tmp_path / "s.onnx", IMAGE))
     assert slim["dropsurgery.source"] == f"{__name__}.Small"
-    assert "FoldBatchNorm" in [item["pass"] for item in json.loads(slim["dropsurgery.passes"])]
+    assert "FoldAffine" in [item["pass"] for item in json.loads(slim["dropsurgery.passes"])]
 
 
 def test_the_file_tells_nothing_of_this_machine(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dropsurgery.graph.drops import is_classic, is_drop
 from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import called_module
+from dropsurgery.layers.channel import ChannelScale, ChannelShift
 from dropsurgery.layers.drop_connect import linear
 
 
@@ -54,7 +55,8 @@ _MODULES: tuple[tuple[tuple[type, ...], Kind], ...] = (
     (
         (nn.modules.conv._ConvNd, nn.Linear, _NormBase, nn.AvgPool1d, nn.AvgPool2d,
          nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-         nn.Upsample, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
+         ChannelScale, ChannelShift, nn.Upsample,
+         nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
          nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd),
         Kind.LINEAR,
     ),

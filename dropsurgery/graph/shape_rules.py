@@ -33,6 +33,7 @@ from dropsurgery.graph.affine import (
 from dropsurgery.graph.drops import is_classic, is_drop_block, is_drop_path
 from dropsurgery.graph.leaves import OWN_DROPS, forward_owner
 from dropsurgery.graph.weighted import conv_axes, conv_function
+from dropsurgery.layers.channel import ChannelScale, ChannelShift
 
 Shape = tuple[int | None, ...]
 
@@ -418,6 +419,8 @@ _ACTIVATIONS = tuple(
 )
 _SAME_SHAPE: tuple[type[nn.Module], ...] = (
     *_ACTIVATIONS,
+    ChannelScale,
+    ChannelShift,
     nn.Identity,
     nn.modules.dropout._DropoutNd,
     nn.modules.instancenorm._InstanceNorm,

@@ -204,7 +204,7 @@ class Planner:
             self.passed.update(dict.fromkeys(wire.name for wire in self.passing))
             undo.append(old)
             if dtype is not None:
-                self.dtypes[name] = dtype
+                self.dtypes.update(dict.fromkeys((name, *old), dtype))
             return True
         return False
 
@@ -262,12 +262,21 @@ class Planner:
             if dtype is not None and own != {dtype} and (norm.promotes or not half):
                 names = ", ".join(sorted(str(kind) for kind in own))
                 raise Refused(f"the layers are {dtype} and the statistics are {names}")
-            dtype = dtype or next(iter(own))
+            dtype = dtype or self._known_dtype(state.read, own)
         elif dtype is not None:
             self._check_constant(state.read, dtype, forward)
         if len(devices) > 1:
             raise Refused("it is not on the device of the layers")
+        if dtype is None:
+            raise Refused("the dtype of its input is not known: trace with example inputs")
         return dtype
+
+    def _known_dtype(self, read: ChannelMap, own: set[torch.dtype]) -> torch.dtype | None:
+        """Return the dtype of a BatchNorm's input, which float32 statistics do not tell."""
+        known = getattr(read.data.meta.get("tensor_meta"), "dtype", None)
+        if known is None and own != {torch.float32}:
+            (known,) = own
+        return known
 
     def _check_constant(self, read: ChannelMap, dtype: torch.dtype, forward: bool) -> None:
         """Raise Refused where a constant may change the dtype of what it is joined to."""
@@ -403,7 +412,7 @@ class Planner:
             how = "scale" if state.scales else "shift"
             rank = self._rank(state)
             ones = 0 if state.axis is None or rank is None else rank - 1 - state.axis
-            dtype = str(self._dtype(name, state) or torch.float32).removeprefix("torch.")
+            dtype = str(self._dtype(name, state)).removeprefix("torch.")
             found.append(Rewrite(name, how, self._fresh(target, how, taken), ones, dtype))
         return found
 
