@@ -27,7 +27,7 @@ LAYERS = [
     {"export", "onnx_writer"},
     {"verify"},
     {"testing"},
-    {"digits", "models", "report", "inspection", "skeleton"},
+    {"digits", "models", "report", "inspection", "skeleton", "slimming"},
     {"demo"},
     {"cli", "cli_options", "__main__"},
 ]
