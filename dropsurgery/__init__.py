@@ -78,6 +78,7 @@ from dropsurgery.rates import RateSchedule
 from dropsurgery.recalibrate import recalibrate_batchnorm
 from dropsurgery.scale import L1Penalty, find_scale_invariant, weight_decay_groups
 from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
+from dropsurgery.slimming import slim_report
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.variance_shift import find_variance_shift
@@ -135,6 +136,7 @@ __all__ = [
     "seed_drop_paths",
     "set_survival",
     "slim",
+    "slim_report",
     "survival",
     "tap",
     "testing",

@@ -34,6 +34,7 @@ from dropsurgery.cli_options import (
     ModeName,
     RuleName,
     Single,
+    Slim,
     Surgery,
     UnitName,
     Weights,
@@ -116,6 +117,7 @@ def inspect(
         Path | None, typer.Option(metavar="FILE", help="Draw the residual skeleton.")
     ] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as a PNG.")] = None,
+    slim: Slim = False,
     every: Every = False,
     as_json: Json = False,
 ) -> int:
@@ -123,6 +125,14 @@ def inspect(
 
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
+    if slim:
+        with _working(f"slimming {model}"):
+            loaded = _load(model, weights, model_arg, surgery)
+            told = ds.slim_report(loaded.module, example_inputs(loaded, input_shapes, batch or 1))
+        if as_json:
+            return _print_json({"model": model, **told.to_json()})
+        _print(told.text(_width(), title=model, every=every))
+        return DONE
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}

@@ -103,6 +103,14 @@ Batch = Annotated[
         help="Count what each branch costs, and what --mode saves of it, at this batch size.",
     ),
 ]
+Slim = Annotated[
+    bool,
+    typer.Option(
+        "--slim",
+        help="Tell instead what slim makes of the network: nodes, BatchNorms, parameters, FLOPs "
+        "and memory traffic before and after, and why each BatchNorm that is left is left.",
+    ),
+]
 Every = Annotated[bool, typer.Option("--all", help="List each thing left alone, not by reason.")]
 Inputs = Annotated[
     list[str] | None,

@@ -118,7 +118,7 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
     if not batch:
         raise ArgumentError("expected_compute needs an input tensor with a batch axis")
     graph = graphs(traced)[-1]
-    costs = _costs(traced, graph, inputs)
+    costs = flops_by_node(traced, graph, inputs)
     regions = Regions(traced, graph)
     working = set(working_calls(traced, graph))
     shares: dict[fx.Node, float] = {}
@@ -190,7 +190,9 @@ class _Counter(PlainArguments):
         return result
 
 
-def _costs(module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]) -> dict[fx.Node, int]:
+def flops_by_node(
+    module: fx.GraphModule, graph: fx.Graph, inputs: Sequence[Any]
+) -> dict[fx.Node, int]:
     """Return the floating-point operations of each node that has any."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]

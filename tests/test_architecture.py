@@ -27,7 +27,7 @@ LAYERS = [
     {"export", "onnx_random", "onnx_reader", "onnx_structure", "onnx_writer"},
     {"verify"},
     {"testing"},
-    {"digits", "models", "report", "inspection", "provenance", "skeleton"},
+    {"digits", "models", "report", "inspection", "provenance", "skeleton", "slimming"},
     {"demo"},
     {"cli", "cli_options", "cli_output", "__main__"},
 ]

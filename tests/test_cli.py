@@ -391,6 +391,16 @@ def test_slim_reports_and_saves_only_when_asked(run: Cli, tmp_path: Path) -> Non
     torch.testing.assert_close(ds.load("slim", model)(x), model(x))
 
 
+def test_inspect_slim_tells_what_slimming_brings(run: Cli) -> None:
+    done = run("inspect", "net.py:Net", "--slim", "--input", "3x8x8", "--json")
+    before, after = done.document["before"], done.document["after"]
+    assert (before["batch_norms"], after["batch_norms"]) == (4, 0)
+    assert after["nodes"] < before["nodes"]
+    assert done.document["batch_norms_left"] == []
+    text = run("inspect", "net.py:Net", "--slim", "--input", "3x8x8", "--batch", "2").stdout
+    assert re.search(r"BatchNorms +4 +0 +0.000", text)
+
+
 # --- export, verify ------------------------------------------------------------------------------
 
 
