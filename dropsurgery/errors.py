@@ -70,5 +70,9 @@ class UnsafeFileError(OnnxFileError):
     """An ONNX file would reach out of its folder, or take more memory than its size explains."""
 
 
+class StochasticError(VerifyError):
+    """A network or a file draws random numbers, so that single runs of it cannot be compared."""
+
+
 class ProviderError(VerifyError):
     """The onnxruntime execution provider that was asked for is missing or was not used."""
