@@ -17,7 +17,7 @@ import typer
 from torch import nn
 
 import dropsurgery as ds
-from dropsurgery import inspection, skeleton
+from dropsurgery import cli_report, inspection, skeleton
 from dropsurgery.cli_options import (
     Batch,
     Count,
@@ -32,6 +32,7 @@ from dropsurgery.cli_options import (
     Model,
     ModelArgs,
     ModeName,
+    ReportFile,
     RuleName,
     Single,
     Slim,
@@ -41,7 +42,7 @@ from dropsurgery.cli_options import (
     Wheres,
     example_inputs,
     insertion,
-    keyword_arguments,
+    load_network,
     read_inputs,
     read_key,
     survival_rule,
@@ -55,13 +56,13 @@ from dropsurgery.cli_output import (
     echo,
     print_json,
     stderr,
+    tell_report,
     tell_result,
     verdict_code,
     width,
     working,
 )
 from dropsurgery.errors import ArgumentError, DropsurgeryError
-from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
 from dropsurgery.verify.location import Location
@@ -137,7 +138,7 @@ def inspect(
     chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
     with working(f"inspecting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+        loaded = load_network(model, weights, model_arg, surgery)
         examples = example_inputs(loaded, input_shapes) if input_shapes else None
         found = inspection.inspect(model, loaded.module, chosen, examples)
         cost = None
@@ -179,6 +180,7 @@ def retrofit(
     batch: Batch = None,
     input_shapes: Inputs = None,
     every: Every = False,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Put stochastic depth into a network and save the surgery as data.
@@ -189,8 +191,9 @@ def retrofit(
     """
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
+    cli_report.checked(report)
     with working(f"retrofitting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+        loaded = load_network(model, weights, model_arg, surgery)
         examples = example_inputs(loaded, input_shapes) if input_shapes else None
         result = ds.apply(loaded.module, chosen, example_inputs=examples)
         cost = None
@@ -198,7 +201,10 @@ def retrofit(
             inputs = example_inputs(loaded, input_shapes, batch)
             cost = ds.expected_compute(result.module, inputs)
         ds.save(result.module, output)
-    return tell_result(result, output, model, every, as_json, cost)
+        if report is not None:
+            story = cli_report.of_retrofit(loaded, result, chosen, examples, cost)
+            cli_report.save(report, story)
+    return tell_result(result, output, model, every, as_json, cost, report)
 
 
 @app.command()
@@ -212,18 +218,23 @@ def slim(
     model_arg: ModelArgs = None,
     surgery: Surgery = None,
     every: Every = False,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Take drops out and fold BatchNorm, and tell what was done and what was not.
 
     Example: dropsurgery slim torchvision:resnet50
     """
+    cli_report.checked(report)
     with working(f"slimming {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+        loaded = load_network(model, weights, model_arg, surgery)
         result = ds.apply(loaded.module, *SLIM)
         if output is not None:
             ds.save(result.module, output)
-    return tell_result(result, output, model, every, as_json)
+        if report is not None:
+            inputs = cli_report.known_inputs(loaded, None)
+            cli_report.save(report, cli_report.of_slim(loaded, result, inputs, "slim"))
+    return tell_result(result, output, model, every, as_json, report=report)
 
 
 @app.command()
@@ -247,6 +258,7 @@ def export(
         bool, typer.Option("--verify/--no-verify", help="Compare the file with the network.")
     ] = True,
     key_file: KeyFile = None,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Export a network to ONNX, slim, and verify the file against the network.
@@ -258,10 +270,12 @@ def export(
     Example: dropsurgery export net.py:make --weights net.pt --input 1x16x16 -o net.onnx
     """
     key = read_key(key_file)
+    cli_report.checked(report)
     with working(f"exporting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+        loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        network = ds.slim(loaded.module) if slim else loaded.module
+        result = ds.apply(loaded.module, *(SLIM if slim else ()))
+        network = result.module if slim else loaded.module
         ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
         counts = onnx_census(output)
     verdict = None
@@ -273,6 +287,10 @@ def export(
         except KeyboardInterrupt:
             raise _Interrupted(f"{output} was written and not verified") from None
     size = output.stat().st_size
+    if report is not None:
+        with working(f"measuring {output}"):
+            story = cli_report.of_export(loaded, result, output, inputs, verdict)
+            cli_report.save(report, story)
     if as_json:
         told = verdict.to_json() if verdict is not None else None
         document = {"model": model, "file": str(output), "bytes": size, "verdict": told}
@@ -280,6 +298,7 @@ def export(
     echo(f"{output}: {size / 1e6:.1f} MB, {counts}")
     if verdict is not None:
         echo(f"\n{verdict.table(width())}")
+    tell_report(report)
     return verdict_code(verdict)
 
 
@@ -317,6 +336,7 @@ def verify(
         bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
     ] = False,
     key_file: KeyFile = None,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
@@ -331,10 +351,11 @@ def verify(
     Example: dropsurgery verify torchvision:resnet50 r50.onnx --weights r50.safetensors
     """
     key = read_key(key_file)
+    cli_report.checked(report)
     if file is None:
-        return _verify_record(model, key, as_json)
+        return _verify_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
-        loaded = _load(model, weights, model_arg, surgery)
+        loaded = load_network(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
         options: dict[str, Any] = {
             "provider": provider,
@@ -345,6 +366,8 @@ def verify(
         place = None if verdict.ok else _place(loaded.module, file, inputs, options)
         if record:
             ds.record(file, loaded.module, verdict, key=key)
+        if report is not None:
+            cli_report.save(report, cli_report.of_verify(loaded, file, inputs, verdict))
     if as_json:
         told = place.to_json() if isinstance(place, Location) else place
         return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
@@ -353,6 +376,7 @@ def verify(
         echo(f"\n{place.table(width()) if isinstance(place, Location) else place}")
     if record:
         echo(f"recorded in {file}")
+    tell_report(report)
     return verdict_code(verdict)
 
 
@@ -364,17 +388,23 @@ def _place(module: nn.Module, file: Path, inputs: Any, options: dict[str, Any]) 
         return f"the place was not found: {error}"
 
 
-def _verify_record(path: str, key: bytes | None, as_json: bool) -> int:
+def _verify_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
     if not path.endswith(".onnx"):
         raise ArgumentError(
             f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
         )
     check = ds.check_record(path, key=key)
     code = DONE if check.equivalent else DIFFERENT
+    if report is not None:
+        cli_report.save(report, cli_report.of_file(Path(path), "verify", check))
     if as_json:
         return print_json(check.to_json(), code)
     echo(check.text(width()))
+    tell_report(report)
     return code
+
+
+app.command()(cli_report.report)
 
 
 @app.command()
@@ -401,18 +431,6 @@ def demo(
     echo(report.text(min(width(), 100)))
     echo(f"\nLeft in {out}: model.onnx, report.md, report.json")
     return code
-
-
-# --- calling -------------------------------------------------------------------------------------
-
-
-def _load(
-    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
-) -> LoadedModel:
-    loaded = load_model(name, weights=weights, arguments=keyword_arguments(model_args or []))
-    if surgery is None:
-        return loaded
-    return LoadedModel(name, ds.load(surgery, loaded.module).eval(), loaded.input_shape)
 
 
 # --- the entry point -----------------------------------------------------------------------------

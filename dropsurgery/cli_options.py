@@ -14,8 +14,9 @@ import typer
 from dropsurgery import survival
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.drop_path import Mode
-from dropsurgery.models import LoadedModel
+from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.drop_path import InsertDropPath, Unit
+from dropsurgery.store import load
 
 Model = Annotated[
     str,
@@ -121,6 +122,14 @@ Inputs = Annotated[
         "Hub models know theirs.",
     ),
 ]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="Write all of it as one page; .md and .json give it as Markdown and JSON.",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -133,6 +142,16 @@ KeyFile = Annotated[
 Directory = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the surgery.")
 ]
+
+
+def load_network(
+    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
+) -> LoadedModel:
+    """Load the model that the options describe, with its saved surgery applied."""
+    loaded = load_model(name, weights=weights, arguments=keyword_arguments(model_args or []))
+    if surgery is None:
+        return loaded
+    return LoadedModel(name, load(surgery, loaded.module).eval(), loaded.input_shape)
 
 
 def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:

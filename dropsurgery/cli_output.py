@@ -37,6 +37,7 @@ def tell_result(
     every: bool,
     as_json: bool,
     cost: Compute | None = None,
+    report: Path | None = None,
 ) -> int:
     """Print what passes did and what they left alone, and return the exit code.
 
@@ -47,6 +48,7 @@ def tell_result(
         every: list what was left alone one by one.
         as_json: print JSON.
         cost: what dropping saves, where it was asked for.
+        report: where a report was written, if one was.
     """
     counts = census(result.module)
     if as_json:
@@ -74,7 +76,14 @@ def tell_result(
         echo(f"\n{cost.text(width())}")
     if output is not None:
         echo(f"saved in {output}; in Python: net = dropsurgery.load({str(output)!r}, model)")
+    tell_report(report)
     return DONE
+
+
+def tell_report(path: Path | None) -> None:
+    """Say where a report was written, if one was."""
+    if path is not None:
+        echo(f"report in {path}")
 
 
 def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict[str, object]]:

@@ -10,6 +10,7 @@ from typing import Any
 from dropsurgery.errors import OnnxFileError, UnsafeFileError
 
 MOST_NESTED = 16  # graphs within graphs: branches and loops
+MOST_CALLS = 64  # functions that call functions
 MOST_NODES = 1_000_000  # once every function is written out where it is called
 MOST_BYTES = 2**31  # of a value whose shape the file writes down as a constant
 # Which input of an operator is the shape, or the sizes, of its output.
@@ -56,6 +57,9 @@ def check_structure(model: Any, where: str) -> None:
         for _, body in bodies(model):
             for node in body.node:
                 _text(node.op_type), _text(node.domain), _text(node.name)
+        for item in [*model.opset_import, *(o for f in model.functions for o in f.opset_import)]:
+            if not 0 < item.version < 2**31:
+                raise OnnxFileError(f"there is no version {item.version} of any operators")
         _check_functions(model)
         _check_body(model.graph, frozenset())
         for function in model.functions:
@@ -169,6 +173,7 @@ def _check_functions(model: Any) -> None:
         raise OnnxFileError("two functions bear one name")
     calls = {key: _calls(function, functions) for key, function in functions.items()}
     sizes: dict[Key, int] = {}
+    depths: dict[Key, int] = {}
     callers: dict[Key, list[Key]] = {}
     open_calls = {key: len(called[1]) for key, called in calls.items()}
     for key, (_, called) in calls.items():
@@ -179,6 +184,7 @@ def _check_functions(model: Any) -> None:
         key = ready.pop()
         own, called = calls[key]
         sizes[key] = own + sum(sizes[other] * count for other, count in called.items())
+        depths[key] = 1 + max((depths[other] for other in called), default=0)
         for caller in callers.get(key, ()):
             open_calls[caller] -= 1
             if not open_calls[caller]:
@@ -186,6 +192,8 @@ def _check_functions(model: Any) -> None:
     if len(sizes) < len(functions):
         name = min(set(functions) - set(sizes))[1]
         raise OnnxFileError(f"a function calls itself: {name[:100]!r}")
+    if max(depths.values(), default=0) > MOST_CALLS:
+        raise UnsafeFileError(f"functions call one another more than {MOST_CALLS} deep")
     own, called = _calls(model.graph, functions)
     total = own + sum(sizes[other] * count for other, count in called.items())
     if total > MOST_NODES:

@@ -39,7 +39,7 @@ from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError, On
 from dropsurgery.onnx_reader import OnnxFile, read_onnx, regular_content
 from dropsurgery.onnx_writer import check_target
 from dropsurgery.report import environment, finite
-from dropsurgery.tables import render
+from dropsurgery.tables import printable, render
 from dropsurgery.verify import Verdict
 
 RECORD, LINE = "dropsurgery.record", "dropsurgery.verdict"
@@ -101,13 +101,13 @@ class RecordCheck:
         if not self.intact:
             changed = ", ".join(finding.part for finding in self.findings if not finding.ok)
             return f"CHANGED since it was verified: {changed}"
-        return f"INTACT, recorded as {_plain(self.record['verdict'].get('conclusion'))}"
+        return f"INTACT, recorded as {printable(self.record['verdict'].get('conclusion'))}"
 
     def text(self, width: int = 100) -> str:
         """Return the recorded verdict and what was checked, of at most `width` columns."""
         rows = [(f.part, "ok" if f.ok else "CHANGED", f.detail) for f in self.findings]
         table = render(("part", "", "detail"), rows, title=self.path, width=width)
-        told = _plain(self.record.get("verdict", {}).get("text", "nothing"))
+        told = printable(self.record.get("verdict", {}).get("text", "nothing"))
         quoted = "\n".join(f"  {line}" for line in told.split("\n"))
         return "\n\n".join((f"the record says:\n{quoted}", table, self.conclusion))
 
@@ -121,11 +121,6 @@ class RecordCheck:
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "record": dict(self.record),
         }
-
-
-def _plain(text: object) -> str:
-    """Return text without control characters: a file may hold what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
 
 
 # --- the two verbs -------------------------------------------------------------------------------
@@ -360,7 +355,7 @@ def _told(name: str, section: Mapping[str, Any] | None, ok: bool) -> str:
         "seeds": (section.get("seeds"),),
         "versions": tuple(f"{part} {section.get(part)}" for part in _VERSIONS),
     }
-    return _plain(", ".join(map(str, shown[name])))
+    return printable(", ".join(map(str, shown[name])))
 
 
 def _compare(
@@ -371,8 +366,8 @@ def _compare(
         now, then = found.get(part), recorded.get(part)
         if part != "name":
             detail = f"sha256 {str(now)[:16]}"
-            detail += "" if now == then else f", recorded {_plain(then)[:16]}"
-            yield Finding(before + _plain(part), now == then, detail)
+            detail += "" if now == then else f", recorded {printable(then)[:16]}"
+            yield Finding(before + printable(part), now == then, detail)
 
 
 def _check_signature(links: Mapping[str, Any], signature: Any, key: bytes | None) -> Finding:

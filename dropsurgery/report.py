@@ -25,7 +25,7 @@ from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import Skip
 from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
 from dropsurgery.onnx_reader import read_onnx
-from dropsurgery.tables import render
+from dropsurgery.tables import printable, render
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as GitHub-flavoured Markdown."""
-        lines = [f"## {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        return f"## {self.title}\n\n{self.markdown_rows()}"
+
+    def markdown_rows(self) -> str:
+        """Return the table as Markdown without its title."""
+        lines = [_line(self.columns), _line(["---"] * len(self.columns))]
         lines += [_line(row) for row in self.rows]
-        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+        return "\n".join([*lines, "", as_text(self.note), ""] if self.note else [*lines, ""])
 
 
 @dataclass(frozen=True)
@@ -246,4 +250,9 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 
 def _line(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(as_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_text(value: object) -> str:
+    """Return a value as one line of Markdown, in which no name is HTML."""
+    return " ".join(printable(value).split("\n")).replace("<", "&lt;")

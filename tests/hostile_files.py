@@ -405,15 +405,31 @@ def graph_tricks() -> Iterator[Hostile]:
         ),
         ("functions alike", model(calling("f"), functions=(function("f"),) * 2), "bear one name"),
         ("functions that explode", model(calling("f7"), functions=tuple(bomb)), "nodes once its"),
-        ("functions in a row", model(calling("f399"), functions=tuple(long)), None),
+        ("functions in a row", model(calling("f399"), functions=tuple(long)), "64 deep"),
         ("function without origin", model(calling("f"), functions=(_torn(),)), "nothing makes"),
         ("names of a shell", model(weights=w, dropsurgery__outputs="$(id)"), "metadata are"),
         ("names of numbers", model(weights=w, dropsurgery__outputs="[1]"), "metadata are damaged"),
         ("names too deep", model(weights=w, dropsurgery__outputs="[" * 10**5), "metadata are"),
+        ("scopes too deep", _scoped("-" * 10**5 + "1"), "draws random numbers"),
+        ("scopes of another kind", _scoped("{1: 2}"), "draws random numbers"),
+        ("opset beyond", _opset(2**40), "no version 1099511627776"),
+        ("opset below", _opset(-1), "no version -1"),
         ("an operator of nobody", model([node("Evil", ["x"], ["y"])]), "cannot load the file"),
         ("nothing at all", onnx.ModelProto(), "not a complete ONNX model"),
     ):
         yield Hostile(f"graph {name}", just(made), says)
+
+
+def _scoped(text: str) -> Any:
+    made = model([node("RandomNormalLike", ["x"], ["y"])])
+    made.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+    return made
+
+
+def _opset(version: int) -> Any:
+    made = model(weights=(good(),))
+    made.opset_import[0].version = version
+    return made
 
 
 def _torn() -> Any:

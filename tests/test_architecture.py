@@ -28,8 +28,8 @@ LAYERS = [
     {"verify"},
     {"testing"},
     {"digits", "models", "report", "inspection", "provenance", "skeleton", "slimming"},
-    {"demo"},
-    {"cli", "cli_options", "cli_output", "__main__"},
+    {"demo", "page"},
+    {"cli", "cli_options", "cli_output", "cli_report", "__main__"},
 ]
 
 
@@ -70,6 +70,7 @@ def test_importing_the_package_is_light() -> None:
         "rich",
         "typer",
         "matplotlib",
+        "jinja2",
     ]
     code = f"import sys, dropsurgery; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run(

@@ -16,7 +16,7 @@ from dropsurgery.onnx_reader import read_onnx
 from tests.hostile_files import external_tricks, model, network, node, outside, value
 
 FUZZED = 100
-KINDS = {"OnnxFileError", "UnsafeFileError", "VerifyError"}
+KINDS = {"OnnxFileError", "UnsafeFileError", "VerifyError", "StochasticError"}
 
 
 @pytest.fixture(scope="module")

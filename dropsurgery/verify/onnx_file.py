@@ -64,8 +64,7 @@ class OnnxRunner:
         self.recorded = recorded_names(file, "dropsurgery.outputs")
         self.draws = random_nodes(file.model)
         self.train_norms = train_mode_norms(file.model)
-        shapes = providers.shape_nodes(file.model.graph)
-        real = file.real
+        shapes, real = providers.shape_nodes(file.model.graph), file.real
         del file  # the weights are not held twice while the session reads them
         self._session = _session(real, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
