@@ -41,7 +41,6 @@ from dropsurgery.cli_options import (
     example_inputs,
     insertion,
     keyword_arguments,
-    read_inputs,
     survival_rule,
 )
 from dropsurgery.compute import Compute
@@ -273,11 +272,18 @@ def verify(
     input_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="X.npy|X.npz",
-            help="Inputs with their batch: an .npy array, or an .npz with one array an input.",
+            metavar="X.npy|X.npz|DIR",
+            help="Inputs with their batch: an .npy array, an .npz with one array an input, or a "
+            "folder of such files.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random inputs.")] = 3,
+    stochastic: Annotated[
+        bool, typer.Option(help="Compare means and variances of a network that draws.")
+    ] = False,
+    figures: Annotated[
+        bool, typer.Option(help="Also print top-1 agreement, SQNR and assert_close figures.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Compare an ONNX file with the network it should equal.
@@ -288,13 +294,18 @@ def verify(
     """
     with _working(f"verifying {file}") as tell:
         loaded = _load(model, weights, model_arg, surgery)
-        inputs = None if input_file is None else read_inputs(input_file)
         verdict = ds.verify(
-            loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
+            loaded.module,
+            file,
+            input_file,
+            provider=provider,
+            seeds=range(seeds),
+            stochastic=stochastic,
+            progress=tell,
         )
     if as_json:
         return _print_json(verdict.to_json(), _code(verdict))
-    _print(verdict.table(_width()))
+    _print(verdict.table(_width(), figures=figures))
     return _code(verdict)
 
 

@@ -194,18 +194,3 @@ def _shape(text: str) -> tuple[int, ...]:
             f"'{text}' is not a shape", fix="sizes joined by x, without the batch: 3x224x224"
         )
     return tuple(int(size) for size in text.split("x"))
-
-
-def read_inputs(path: Path) -> tuple[torch.Tensor, ...]:
-    """Read the arrays of an .npy or .npz file, without running anything pickled in it."""
-    import numpy
-
-    try:
-        with open(path, "rb") as file:
-            read = numpy.load(file, allow_pickle=False)
-            arrays = [read] if isinstance(read, numpy.ndarray) else [read[key] for key in read]
-        return tuple(torch.from_numpy(array) for array in arrays)
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ArgumentError(
-            f"the inputs cannot be read: {error}", where=str(path), fix="an .npy or .npz file"
-        ) from error
