@@ -43,7 +43,6 @@ from dropsurgery.cli_options import (
     example_inputs,
     insertion,
     load_network,
-    read_inputs,
     read_key,
     survival_rule,
 )
@@ -127,12 +126,12 @@ def inspect(
     Example: dropsurgery inspect timm:convnext_tiny --rule linspace --final-survival 0.9
     """
     if slim:
-        with _working(f"slimming {model}"):
-            loaded = _load(model, weights, model_arg, surgery)
+        with working(f"slimming {model}"):
+            loaded = load_network(model, weights, model_arg, surgery)
             told = ds.slim_report(loaded.module, example_inputs(loaded, input_shapes, batch or 1))
         if as_json:
-            return _print_json({"model": model, **told.to_json()})
-        _print(told.text(_width(), title=model, every=every))
+            return print_json({"model": model, **told.to_json()})
+        echo(told.text(width(), title=model, every=every))
         return DONE
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
@@ -327,11 +326,18 @@ def verify(
     input_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="X.npy|X.npz",
-            help="Inputs with their batch: an .npy array, or an .npz with one array an input.",
+            metavar="X.npy|X.npz|DIR",
+            help="Inputs with their batch: an .npy array, an .npz with one array an input, or a "
+            "folder of such files.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of random inputs.")] = 3,
+    stochastic: Annotated[
+        bool, typer.Option(help="Compare means and variances of a network that draws.")
+    ] = False,
+    figures: Annotated[
+        bool, typer.Option(help="Also print top-1 agreement, SQNR and assert_close figures.")
+    ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
     ] = False,
@@ -356,22 +362,22 @@ def verify(
         return _verify_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
         loaded = load_network(model, weights, model_arg, surgery)
-        inputs = None if input_file is None else read_inputs(input_file)
         options: dict[str, Any] = {
             "provider": provider,
             "seeds": range(seeds),
             "progress": tell,
         }
-        verdict = ds.verify(loaded.module, file, inputs, **options)
-        place = None if verdict.ok else _place(loaded.module, file, inputs, options)
+        verdict = ds.verify(loaded.module, file, input_file, stochastic=stochastic, **options)
+        sought = not verdict.ok and not stochastic
+        place = _place(loaded.module, file, input_file, options) if sought else None
         if record:
             ds.record(file, loaded.module, verdict, key=key)
         if report is not None:
-            cli_report.save(report, cli_report.of_verify(loaded, file, inputs, verdict))
+            cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
     if as_json:
         told = place.to_json() if isinstance(place, Location) else place
         return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
-    echo(verdict.table(width()))
+    echo(verdict.table(width(), figures=figures))
     if place is not None:
         echo(f"\n{place.table(width()) if isinstance(place, Location) else place}")
     if record:

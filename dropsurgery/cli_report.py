@@ -44,6 +44,7 @@ from dropsurgery.passes.drop_path import InsertDropPath
 from dropsurgery.provenance import RecordCheck
 from dropsurgery.surgery import SLIM
 from dropsurgery.verify import Verdict
+from dropsurgery.verify.given import given_cases
 
 BATCH = 32  # what dropping saves is counted for, where no batch size was given
 
@@ -254,10 +255,9 @@ def of_export(
     return with_file(story, loaded.module, path, inputs)
 
 
-def of_verify(
-    loaded: LoadedModel, path: Path, inputs: Sequence[Tensor] | None, verdict: Verdict
-) -> Story:
-    """Return what a comparison found."""
+def of_verify(loaded: LoadedModel, path: Path, inputs: Path | None, verdict: Verdict) -> Story:
+    """Return what a comparison found; the first call in the file or folder `inputs` is timed."""
+    call = () if inputs is None else next(given_cases(inputs)).args
     graph = ds.trace(loaded.module)
     story = Story(
         loaded.name,
@@ -267,4 +267,4 @@ def of_verify(
         survival=page.survival_along(graph),
         sizes=(("weights of the network", weight_bytes(loaded.module)),),
     )
-    return with_file(story, loaded.module, path, inputs or known_inputs(loaded, None))
+    return with_file(story, loaded.module, path, call or known_inputs(loaded, None))
