@@ -280,7 +280,7 @@ def test_a_file_that_does_not_run_has_a_place(net: nn.Module, files: dict[str, P
 
     location = ds.locate(net, edited(files["plain"], shrink))
     assert location.module == "blocks.1.bn1"
-    assert "shape (1, 8, 6, 6) instead of (1, 8, 8, 8)" in location.reason
+    assert "shape (3, 8, 6, 6) instead of (3, 8, 8, 8)" in location.reason
     assert "the graph does not run" in str(location)
 
 
