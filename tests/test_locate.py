@@ -409,3 +409,18 @@ def test_bad_arguments(net: nn.Module, files: dict[str, Path], tmp_path: Path) -
         ds.locate(net, tmp_path / "none.onnx")
     with pytest.raises(VerifyError, match="the reference does not accept the inputs"):
         ds.locate(net, files["plain"], torch.randn(1, 4, 16, 16))
+
+
+def test_a_file_that_does_not_load_has_a_place(net: nn.Module, tmp_path: Path) -> None:
+    # With a fixed batch, sizes that do not fit are seen before anything runs.
+    path = tmp_path / "m.onnx"
+    ds.export_onnx(net, path, torch.randn(1, 3, 16, 16), dynamic_batch=False)
+
+    def shrink(model: onnx.ModelProto) -> None:
+        attribute(by_name(model, "blocks.1.bn1/Conv"), "pads").ints[:] = [0, 0, 0, 0]
+
+    changed = edited(path, shrink)
+    with pytest.raises(VerifyError, match="cannot load"):
+        ds.verify(net, changed)
+    location = ds.locate(net, changed)
+    assert location.module == "blocks.1.bn1", str(location)

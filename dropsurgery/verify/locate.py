@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentTypeError, DropsurgeryError, VerifyError
 from dropsurgery.graph.signature import argument_list, first_line
+from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Case
 from dropsurgery.verify.compare import Progress, comparison_cases
 from dropsurgery.verify.location import Location
@@ -57,10 +59,16 @@ def locate(
             f"the candidate is the path of an ONNX file, got {type(candidate).__name__}",
             fix="export the module first; verify compares modules",
         )
-    cases = comparison_cases(
-        reference, candidate, inputs, provider=provider, seeds=seeds, batch_sizes=batch_sizes
-    )
+    providers.check(provider)
     graph, known = MarkedGraph(Path(candidate), provider), KnownPairs()
+    with tempfile.TemporaryDirectory() as folder:
+        # The file itself may not load.
+        stand_in = graph.save_inputs(Path(folder))
+        cases = list(
+            comparison_cases(
+                reference, stand_in, inputs, provider=provider, seeds=seeds, batch_sizes=batch_sizes
+            )
+        )
     location = None
     for case in sorted(cases, key=_order):
         if progress is not None:
