@@ -22,14 +22,14 @@ class _Conv(OpRun):
     def _run(self, x, w, b=None, **given):  # type: ignore[no-untyped-def]
         rank = w.ndim - 2
         pads = list(given.get("pads") or [0] * 2 * rank)
-        image = torch.from_numpy(np.ascontiguousarray(x))
+        image = torch.tensor(x)
         padding = [p for i in reversed(range(rank)) for p in (pads[i], pads[i + rank])]
         image = F.pad(image, padding)
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
-        bias = None if b is None else torch.from_numpy(np.ascontiguousarray(b))
+        bias = None if b is None else torch.tensor(b)
         result = conv(
             image,
-            torch.from_numpy(np.ascontiguousarray(w)),
+            torch.tensor(w),
             bias,
             tuple(given.get("strides") or [1] * rank),
             0,
@@ -46,7 +46,7 @@ class _Erf(OpRun):
     op_domain = ""
 
     def _run(self, x):  # type: ignore[no-untyped-def]
-        return (torch.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy(),)
+        return (torch.erf(torch.tensor(x)).numpy(),)
 
 
 _Erf.__name__ = "Erf"
@@ -56,7 +56,7 @@ class _Gelu(OpRun):
     op_domain = ""
 
     def _run(self, x, approximate=None):  # type: ignore[no-untyped-def]
-        tensor = torch.from_numpy(np.ascontiguousarray(x))
+        tensor = torch.tensor(x)
         return (F.gelu(tensor, approximate=approximate or "none").numpy(),)
 
 

@@ -166,11 +166,11 @@ def _verified(of: Subject, path: Path) -> bool:
         return True
 
 
-def run(names: list[str], words: str, again: bool) -> None:
+def run(names: list[str], words: str, again: bool, result: Path) -> None:
     """Examine networks, and write down the results after each."""
     document: dict[str, Any] = {"networks": {}}
-    if RESULT.exists():
-        document = json.loads(RESULT.read_text())
+    if result.exists():
+        document = json.loads(result.read_text())
     kinds = [kind for kind in [*KINDS, *TORCH_KINDS] if words in kind]
     document["groups"] = {kind: KINDS[kind][0] if kind in KINDS else "weights" for kind in kinds}
     document["judges"] = ["dropsurgery", *JUDGES]
@@ -186,7 +186,7 @@ def run(names: list[str], words: str, again: bool) -> None:
                 records[kind] = examine(of, kind, Path(folder))
                 print(f"{name:13} {kind:38} {_line(records[kind])}", flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        RESULT.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        result.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -210,8 +210,9 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--kinds", default="", help="only kinds whose names hold this")
     parser.add_argument("--again", action="store_true", help="examine what is known already")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
     options = parser.parse_args()
-    run(options.networks, options.kinds, options.again)
+    run(options.networks, options.kinds, options.again, options.result)
 
 
 if __name__ == "__main__":
