@@ -280,7 +280,7 @@ def test_a_file_that_does_not_run_has_a_place(net: nn.Module, files: dict[str, P
 
     location = ds.locate(net, edited(files["plain"], shrink))
     assert location.module == "blocks.1.bn1"
-    assert "shape (1, 8, 6, 6) instead of (1, 8, 8, 8)" in location.reason
+    assert "shape (3, 8, 6, 6) instead of (3, 8, 8, 8)" in location.reason
     assert "the graph does not run" in str(location)
 
 
@@ -409,3 +409,17 @@ def test_bad_arguments(net: nn.Module, files: dict[str, Path], tmp_path: Path) -
         ds.locate(net, tmp_path / "none.onnx")
     with pytest.raises(VerifyError, match="the reference does not accept the inputs"):
         ds.locate(net, files["plain"], torch.randn(1, 4, 16, 16))
+
+
+def test_a_file_that_does_not_load_has_a_place(net: nn.Module, tmp_path: Path) -> None:
+    path = ds.export_onnx(net, tmp_path / "m.onnx", torch.randn(1, 3, 16, 16))
+
+    def shrink(model: onnx.ModelProto) -> None:
+        del model.graph.value_info[:]  # then sizes are worked out before anything runs
+        attribute(by_name(model, "blocks.1.bn1/Conv"), "pads").ints[:] = [0, 0, 0, 0]
+
+    changed = edited(path, shrink)
+    with pytest.raises(VerifyError, match="cannot load"):
+        ds.verify(net, changed)
+    location = ds.locate(net, changed)
+    assert location.module == "blocks.1.bn1", str(location)

@@ -101,6 +101,24 @@ class MarkedGraph:
         """Names of all values that depend on the inputs, in order of execution."""
         return [name for node in self.nodes for name in node.outputs]
 
+    def save_inputs(self, folder: Path) -> Path:
+        """Write a graph with the same inputs that returns them, and return its path."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.opset_import.extend(self.model.opset_import)
+        model.ir_version = self.model.ir_version
+        model.graph.name = "inputs"
+        for value in self.model.graph.input:
+            if value.name in self.inputs:
+                model.graph.input.append(value)
+                name = f"{value.name} again"
+                model.graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
+                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        path = folder / "inputs.onnx"
+        onnx.save(model, str(path))
+        return path
+
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph and return every value.
 
@@ -224,13 +242,13 @@ def _dependent(nodes: Iterable[Any], inputs: Iterable[str]) -> Iterator[Node]:
         outputs = tuple(name for name in proto.output if name)
         reached.update(outputs)
         metadata = {item.key: item.value for item in proto.metadata_props}
-        path, source = _origin(metadata)
+        path, source = node_origin(metadata)
         name = proto.name or f"{proto.op_type}_{index}"
         inputs_of = tuple(name for name in names if name)
         yield Node(name, proto.op_type, path, source, inputs_of, outputs)
 
 
-def _origin(metadata: Mapping[str, str]) -> tuple[str | None, tuple[str, str] | None]:
+def node_origin(metadata: Mapping[str, str]) -> tuple[str | None, tuple[str, str] | None]:
     """Return the path of the module that holds a node, and what it was in torch's graph."""
     try:
         scopes = ast.literal_eval(metadata.get(_SCOPES, ""))

@@ -13,8 +13,10 @@ from dropsurgery.verify.recording import Call, Recording, Ref
 
 # Elements that are looked at first, evenly spread over a tensor.
 _SAMPLE = 512
-# Values further apart than this, relative to their size, are not the same value with an error.
+# Values further apart than this, relative to their size, are not the same value with an error:
+# where the file tells that they should be, and where nothing does.
 _NEAR = 0.02
+_ALIKE = 1e-3
 _SAME = 1e-5
 # Fewer elements may be alike by chance.
 _FEWEST = 4
@@ -225,10 +227,10 @@ class Pairing:
         samples = self._samples[count]
         differences = (samples - _sample(value)).square().mean(1).sqrt()
         sizes = samples.square().mean(1).sqrt()
-        picked = torch.nonzero(differences <= 2 * _NEAR * sizes).flatten().tolist()
+        picked = torch.nonzero(differences <= 4 * _ALIKE * sizes).flatten().tolist()
         picked = sorted(picked, key=lambda i: float(differences[i]))[:8]
         found = {refs[i]: _distance(value, self.recording.native(refs[i])) for i in picked}
-        found = {ref: distance for ref, distance in found.items() if distance <= _NEAR}
+        found = {ref: distance for ref, distance in found.items() if distance <= _ALIKE}
         if not found:
             return []
         # All that are as near as rounding puts them; of these the first after what went in.
