@@ -31,6 +31,7 @@ class ChannelMap:
         shifts: whether it adds.
         norm: the BatchNorm, if it is one.
         dtype: the dtype that takes part in type promotion, if one does.
+        rank: how many axes a constant has, to which the data's are broadcast.
     """
 
     label: str
@@ -41,6 +42,7 @@ class ChannelMap:
     shifts: bool
     norm: Norm | None = None
     dtype: torch.dtype | None = None
+    rank: int = 0
 
     @property
     def tail(self) -> tuple[str, ...]:
@@ -169,6 +171,7 @@ def _operand_map(node: fx.Node, found: Operand) -> ChannelMap | None:
         scales=found.kind in ("mul", "div"),
         shifts=found.kind in ("add", "sub"),
         dtype=value.dtype if value.ndim and isinstance(found.operand, fx.Node) else None,
+        rank=value.ndim,
     )
 
 

@@ -222,7 +222,8 @@ def _padded(widths: tuple[int, ...]) -> Mapper:
 def concatenation(scene: Scene, node: fx.Node, known: Known) -> list[Option]:
     """Operands side by side: along the channels each has its part of the vector."""
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    if not isinstance(tensors, tuple | list) or type(dim) is not int:
+    plain = set(node.kwargs) <= {"tensors", "dim"} and type(dim) is int
+    if not isinstance(tensors, tuple | list) or not plain:
         raise lost(node, "joins values that are computed")
     if len(set(tensors)) < len(tensors):
         raise lost(node, "joins a value to itself")

@@ -147,6 +147,8 @@ def reshape(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back: 
     With R entries behind an axis of C channels, an axis of n entries with S behind it holds the
     channels where S ≤ R and S·n ≥ R·C: each R/S times in a row, the whole S·n/(R·C) times.
     """
+    if any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values())):
+        raise lost(node, "reads the bits as another dtype")
     sizes = (shapes.shape(node), shapes.shape(source))
     here, there = sizes if back else sizes[::-1]
     assert gauge.axis is not None

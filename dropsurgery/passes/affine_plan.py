@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from dropsurgery.graph.affine import Refused
+from dropsurgery.graph.affine import Refused, is_norm
 from dropsurgery.graph.channel_maps import ChannelMap, read_map
 from dropsurgery.graph.dense import can_be_plain, needs_dense
 from dropsurgery.graph.gauge import Gauge, Part
@@ -95,13 +95,14 @@ class Planner:
         found: dict[str, ChannelMap] = {}
         off = self.module.training and isinstance(self.module, TwoModeGraphModule)
         for name, node in self.nodes.items():
+            called = self.ledger.called(node)
             try:
-                read = read_map(self.module, node, self.ledger.called(node))
-                if read is not None and read.norm is not None and off:
+                if off and is_norm(node, called):
                     raise Refused(
                         "the network is in training mode, where its forward is another: "
                         "call .eval() on it first"
                     )
+                read = read_map(self.module, node, called)
             except Refused as refused:
                 self.reasons[name] = str(refused)
                 continue
@@ -111,27 +112,21 @@ class Planner:
 
     def _place(self, name: str, read: ChannelMap) -> None:
         """Enter a map whose channels' axis is proved."""
-        node = self.nodes[name]
         axis = read.axis
         if read.norm is not None:
             rank = self.scene.shapes.rank(read.data)
             if read.norm.ranks is not None and rank is not None and rank not in read.norm.ranks:
                 self.reasons[name] = f"it does not take an input with {rank} axes"
                 return
-        elif axis is not None:
+        elif read.rank:
             shape = self.scene.shapes.shape(read.data)
-            count = len(read.affine.scale)
-            if shape is None or len(shape) < -axis or shape[axis] != count:
-                return
-            if self._broadcasts(node, read, len(shape)):
-                return
-            axis += len(shape)
+            if shape is None or len(shape) < read.rank:
+                return  # the constant may give the value more axes
+            if axis is not None:
+                if shape[axis] != len(read.affine.scale):
+                    return
+                axis += len(shape)
         self.ledger.add_map(name, read, axis)
-
-    def _broadcasts(self, node: fx.Node, read: ChannelMap, rank: int) -> bool:
-        """Say whether the constant gives the value more axes than it has."""
-        out = self.scene.shapes.rank(node)
-        return out is not None and out != rank
 
     def plan(self) -> Plan:
         """Return what is done with each map, in the order of the graph."""
@@ -173,7 +168,7 @@ class Planner:
             for old in reversed(undo):
                 self.ledger.restore(old)
             del self.moves[count:]
-            self.reasons[name] = str(refused)
+            self.reasons[name] = "; ".join(dict.fromkeys([*reasons, str(refused)]))
             self.kept.add(name)
             return
         self.reasons[name] = "; ".join(dict.fromkeys(reasons))
@@ -193,6 +188,7 @@ class Planner:
                 old = self.ledger.apply(move)
                 try:
                     self.ledger.check(old)
+                    self._check_held(old, dtype)
                 except Refused:
                     self.ledger.restore(old)
                     raise
@@ -208,6 +204,14 @@ class Planner:
             return True
         return False
 
+    def _check_held(self, names: Iterable[str], dtype: torch.dtype | None) -> None:
+        """Raise Refused where a single addition or multiplication is not held any more."""
+        for name in names:
+            state = self.ledger.maps.get(name)
+            partly = state is not None and state.scales != state.shifts
+            if partly and state is not None and dtype and not held_in(state.affine, dtype):
+                raise Refused(f"{state.read.label} would not be held in {dtype}")
+
     def _find(self, name: str, part: Part, forward: bool) -> tuple[Move, torch.dtype | None]:
         node, state = self.nodes[name], self.ledger.maps[name]
         vector = self._vector(name, part, forward)
@@ -217,6 +221,7 @@ class Planner:
         self.passing: list[fx.Node] = []
         gauge = Gauge(state.axis, vector, part)
         if gauge.is_identity():
+            self._check_identity(node, state.read)
             return Move(name, part, forward, ()), None
         spread = self.scene.spread(node, wire, gauge)
         dtype = self._check_dtypes(state, spread, forward)
@@ -277,6 +282,15 @@ class Planner:
         if known is None and own != {torch.float32}:
             (known,) = own
         return known
+
+    def _check_identity(self, node: fx.Node, read: ChannelMap) -> None:
+        """Raise Refused where a map that changes no value may change the dtype."""
+        if read.norm is not None and not read.norm.promotes:
+            return
+        metas = [value.meta.get("tensor_meta") for value in (node, read.data)]
+        before, after = (getattr(meta, "dtype", None) for meta in metas)
+        if before is None or before != after:
+            raise Refused("the dtype of its input is not known: trace with example inputs")
 
     def _check_constant(self, read: ChannelMap, dtype: torch.dtype, forward: bool) -> None:
         """Raise Refused where a constant may change the dtype of what it is joined to."""
