@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -292,11 +293,12 @@ CEIL = "an average pooling with ceil_mode has windows of other sizes"
         (conv(size=2, stride=2), nn.AvgPool2d(2, ceil_mode=True), CEIL),
         (conv(size=(1, 3), padding=(0, 1)), conv(size=(3, 1), padding=(1, 0)), "would grow 96"),
         (conv(), Chain(a=conv(4, 2, 1), b=bn(2), c=conv(2, 4)), "zeros a value that has a bias"),
+        (conv(), Chain(b=bn(), c=conv()), "zeros a value that has a bias"),
         (conv(), Chain(a=conv(4, 2), c=conv(2, 4)), "output of a layer that is not 1x1"),
         (conv(groups=4), conv(size=1), "would grow 52 weights to 144"),
         (conv(), Chain(a=conv(), b=bn().train()), "it is in training mode"),
     ],
-    ids=["padding", "borders", "ceil", "cost", "bias", "kernel", "groups", "training"],
+    ids=["padding", "borders", "ceil", "cost", "bias", "norm", "kernel", "groups", "training"],
 )
 def test_near_misses(left: nn.Module, right: nn.Module, reason: str) -> None:
     model = two(left, right)
@@ -496,6 +498,18 @@ def test_save_and_load(tmp_path: Path) -> None:
     }
     with pytest.raises(ModelLoadError, match="MergeLinearBranches is to merge"):
         ds.load(tmp_path, ready(Lambda(lambda self, x: self.block(x), block=conv())))
+
+
+def test_export_names_the_merged_layer(tmp_path: Path) -> None:
+    block = two(Chain(conv=conv(), bn=bn()), Chain(conv=conv(size=1), bn=bn()))
+    model = ready(Lambda(lambda self, x: self.block(x).relu(), block=block)).float()
+    path = ds.export_onnx(ds.slim(model), tmp_path / "net.onnx", IMAGE.float())
+    graph = onnx.load(path).graph
+    assert [(n.op_type, n.name) for n in graph.node] == [
+        ("Conv", "block.merged/Conv"),
+        ("Relu", "Relu"),
+    ]
+    assert ds.verify(model, path).ok
 
 
 def test_pairs_that_are_not_there() -> None:

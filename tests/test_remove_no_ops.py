@@ -185,6 +185,8 @@ def test_reshapes_in_a_row() -> None:
         return x.relu().permute(0, 2, 3, 1).reshape(4, -1).view(2, -1)
 
     assert code(permuted) == ["relu", "permute", "reshape", "view"]
+    bits = code(lambda self, x: x.relu().view(torch.int64).view(4, -1) + 1)
+    assert bits == ["relu", "view", "view_1", "add"]
 
 
 def test_equal_operations() -> None:
