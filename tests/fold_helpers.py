@@ -51,16 +51,14 @@ def fold(
     *inputs: Tensor,
     shapes: bool = False,
     tolerance: float = 1e-12,
-    by: Pass = FoldBatchNorm(),  # noqa: B008 - passes are frozen
+    item: Pass | None = None,
 ) -> Result:
-    """Fold, or run another pass, and hold it to: same function, the model untouched, a graph that
-    is sound.
-    """
+    """Fold, and hold the result to: same function, the model untouched, a graph that is sound."""
     before = copy.deepcopy(model.state_dict())
     names = dict(model.named_modules())
     with torch.no_grad():
         expected = model(*(value.clone() for value in inputs))
-    result = apply(model, by, example_inputs=inputs if shapes else None)
+    result = apply(model, item or FoldBatchNorm(), example_inputs=inputs if shapes else None)
     with torch.no_grad():
         actual = result.module(*(value.clone() for value in inputs))
         again = model(*(value.clone() for value in inputs))

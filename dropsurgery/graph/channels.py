@@ -57,15 +57,15 @@ class Shapes:
         shape = traced_shape(node) or self._known().get(node)
         return self._rank_by_cases(node) if shape is None else len(shape)
 
-    def certain_rank(self, node: fx.Node) -> int | None:
-        """Return the number of axes where it follows without cases, in no time."""
-        shape = traced_shape(node) or self._known().get(node)
-        return None if shape is None else len(shape)
-
     def contradicts(self) -> bool:
         """Say whether the graph cannot run on batched inputs, nor on what it was traced with."""
         self._known()
         return self._is_contradictory
+
+    def certain_rank(self, node: fx.Node) -> int | None:
+        """Return the number of axes where it follows without cases, in no time."""
+        shape = traced_shape(node) or self._known().get(node)
+        return None if shape is None else len(shape)
 
     def _known(self) -> dict[fx.Node, Shape | None]:
         """Return what follows without assuming any rank."""
