@@ -94,6 +94,10 @@ def retrofit(
 def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     """Return the inference graph of a network: drops gone, branches merged, BatchNorms folded.
 
+    What is done, in this order: computed weights become parameters (`BakeParametrizations`), drops
+    go, what computes nothing new goes (`RemoveNoOps`), linear branches and chains become one layer
+    (`MergeLinearBranches`), BatchNorms go into the layers before them; `slim_report` counts it.
+
     The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
     eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded
     once. Parameters that no fold rewrites are shared with `model`, which is not changed.

@@ -53,16 +53,14 @@ def fold(
     *inputs: Tensor,
     shapes: bool = False,
     tolerance: float = 1e-12,
-    by: Pass | None = None,
+    item: Pass | None = None,
 ) -> Result:
-    """Fold, or run another pass, and hold it to: same function, the model untouched, a graph that
-    is sound.
-    """
+    """Fold, and hold the result to: same function, the model untouched, a graph that is sound."""
     before = copy.deepcopy(model.state_dict())
     names = dict(model.named_modules())
     with torch.no_grad():
         expected = model(*(value.clone() for value in inputs))
-    result = apply(model, by or FoldBatchNorm(), example_inputs=inputs if shapes else None)
+    result = apply(model, item or FoldBatchNorm(), example_inputs=inputs if shapes else None)
     with torch.no_grad():
         actual = result.module(*(value.clone() for value in inputs))
         again = model(*(value.clone() for value in inputs))
@@ -83,7 +81,7 @@ def fold_affine(
     given = inputs if shapes else None
     before = len(trace(model, example_inputs=given).graph.nodes)
     item = FoldAffine(**how)
-    result = fold(model, *inputs, shapes=shapes, tolerance=tolerance, by=item)
+    result = fold(model, *inputs, shapes=shapes, tolerance=tolerance, item=item)
     assert len(result.module.graph.nodes) <= before
     return result
 

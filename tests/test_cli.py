@@ -397,7 +397,7 @@ def test_inspect_slim_tells_what_slimming_brings(run: Cli) -> None:
     assert (before["batch_norms"], after["batch_norms"]) == (4, 0)
     assert after["nodes"] < before["nodes"]
     assert done.document["batch_norms_left"] == []
-    text = run("inspect", "net.py:Net", "--slim", "--input", "3x8x8", "--batch", "2").stdout
+    text = run("inspect", "net.py:Net", "--slim", "--input", "3x8x8", "--batch", "2").out
     assert re.search(r"BatchNorms +4 +0 +0.000", text)
 
 

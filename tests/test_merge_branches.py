@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -30,9 +31,9 @@ def bn(count: int = 4) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(count)
 
 
-def merged(model: nn.Module, *inputs: Tensor, by: Any = MERGE, shapes: bool = False) -> fx.Graph:
+def merged(model: nn.Module, *inputs: Tensor, item: Any = MERGE, shapes: bool = False) -> fx.Graph:
     """Merge; everything between input and output is one layer then. Return the graph."""
-    result = fold(ready(model), *(inputs or (IMAGE,)), by=by, shapes=shapes)
+    result = fold(ready(model), *(inputs or (IMAGE,)), item=item, shapes=shapes)
     kinds = [node.op for node in result.module.graph.nodes]
     assert kinds == ["placeholder", "call_module", "output"], result.module.code
     assert result.skipped == ()
@@ -45,9 +46,9 @@ def layer(graph: fx.Graph) -> Any:
     return graph.owning_module.get_submodule(str(node.target))
 
 
-def kept(model: nn.Module, *inputs: Tensor, by: Any = MERGE) -> str:
+def kept(model: nn.Module, *inputs: Tensor, item: Any = MERGE) -> str:
     """Nothing is merged; return the reasons."""
-    result = fold(ready(model), *(inputs or (IMAGE,)), by=by, tolerance=0.0)
+    result = fold(ready(model), *(inputs or (IMAGE,)), item=item, tolerance=0.0)
     assert result.changes == ()
     return "\n".join(skip.reason for skip in result.skipped)
 
@@ -59,7 +60,7 @@ def test_repvgg_block_before_and_after() -> None:
     model = Lambda(
         forward, a=Chain(conv=conv(), bn=bn()), b=Chain(conv=conv(size=1), bn=bn()), identity=bn()
     )
-    result = fold(ready(model), IMAGE, by=MERGE)
+    result = fold(ready(model), IMAGE, item=MERGE)
     assert result.module.code.strip().splitlines()[1:] == [
         "    merged = self.merged(x);  x = None",
         "    relu = torch.relu(merged);  merged = None",
@@ -167,7 +168,7 @@ def test_functions_of_parameters() -> None:
 
     weight = nn.Parameter(torch.randn(4, 4, 3, 3))
     point, bias = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4))
-    result = fold(ready(Lambda(forward, w=weight, v=point, b=bias)), IMAGE, by=MERGE)
+    result = fold(ready(Lambda(forward, w=weight, v=point, b=bias)), IMAGE, item=MERGE)
     assert set(result.module.state_dict()) == {"merged.weight", "merged.bias"}
 
 
@@ -225,7 +226,7 @@ def test_even_kernels_that_pad_by_the_same_rule() -> None:
     assert layer(merged(model)).weight.shape == (4, 4, 5, 5)
     alone = two(even(2, 0, 1, 0, 1), nn.Identity())
     assert "would grow 64 weights to 144" in kept(alone)
-    merged(alone, by=MergeLinearBranches(allow_growth=True))
+    merged(alone, item=MergeLinearBranches(allow_growth=True))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_chains(model: Chain) -> None:
     first = next(m for m in model if isinstance(m, nn.Conv2d))
     result = fold(
         ready(model), values(2, channels * first.groups, 9, 8),
-        by=MergeLinearBranches(allow_growth=True),
+        item=MergeLinearBranches(allow_growth=True),
     )  # fmt: skip
     assert [node.op for node in result.module.graph.nodes][1:-1] == ["call_module"]
 
@@ -273,7 +274,7 @@ def test_batchnorm_of_a_linear_layers_input_needs_two_axes() -> None:
         return nn.BatchNorm1d(5)
 
     merged(make(), values(3, 5), shapes=True)
-    result = fold(ready(make()), values(3, 5, 5), by=MERGE, shapes=True, tolerance=0.0)
+    result = fold(ready(make()), values(3, 5, 5), item=MERGE, shapes=True, tolerance=0.0)
     assert "normalises axis 1, which may not be the last" in result.skipped[0].reason
 
 
@@ -292,11 +293,12 @@ CEIL = "an average pooling with ceil_mode has windows of other sizes"
         (conv(size=2, stride=2), nn.AvgPool2d(2, ceil_mode=True), CEIL),
         (conv(size=(1, 3), padding=(0, 1)), conv(size=(3, 1), padding=(1, 0)), "would grow 96"),
         (conv(), Chain(a=conv(4, 2, 1), b=bn(2), c=conv(2, 4)), "zeros a value that has a bias"),
+        (conv(), Chain(b=bn(), c=conv()), "zeros a value that has a bias"),
         (conv(), Chain(a=conv(4, 2), c=conv(2, 4)), "output of a layer that is not 1x1"),
         (conv(groups=4), conv(size=1), "would grow 52 weights to 144"),
         (conv(), Chain(a=conv(), b=bn().train()), "it is in training mode"),
     ],
-    ids=["padding", "borders", "ceil", "cost", "bias", "kernel", "groups", "training"],
+    ids=["padding", "borders", "ceil", "cost", "bias", "norm", "kernel", "groups", "training"],
 )
 def test_near_misses(left: nn.Module, right: nn.Module, reason: str) -> None:
     model = two(left, right)
@@ -367,7 +369,7 @@ def test_inner_sum_where_the_outer_one_cannot_be() -> None:
         lambda self, x: self.c(x) + (self.a(x) + self.b(x)),
         a=conv(), b=conv(), c=conv(padding_mode="reflect"),
     )  # fmt: skip
-    result = fold(ready(model), IMAGE, by=MERGE)
+    result = fold(ready(model), IMAGE, item=MERGE)
     assert [node.name for node in result.module.graph.nodes] == [
         "x",
         "c",
@@ -403,7 +405,7 @@ def test_write_behind_the_sum_follows() -> None:
         total.mul_(2)
         return total
 
-    result = fold(ready(Lambda(forward, a=conv(), b=conv(size=1))), IMAGE, by=MERGE)
+    result = fold(ready(Lambda(forward, a=conv(), b=conv(size=1))), IMAGE, item=MERGE)
     assert len(result.changes) == 1
 
 
@@ -418,7 +420,7 @@ def test_shared_layer() -> None:
 def test_shared_block_is_merged_once() -> None:
     block = two(conv(), conv(size=1))
     model = Lambda(lambda self, x: self.block(self.block(x).relu()), block=block)
-    result = fold(ready(model), IMAGE, by=MERGE)
+    result = fold(ready(model), IMAGE, item=MERGE)
     assert set(result.module.state_dict()) == {"block.merged.weight"}
     calls = [n.target for n in result.module.graph.nodes if n.op == "call_module"]
     assert calls == ["block.merged"] * 2
@@ -498,6 +500,18 @@ def test_save_and_load(tmp_path: Path) -> None:
         ds.load(tmp_path, ready(Lambda(lambda self, x: self.block(x), block=conv())))
 
 
+def test_export_names_the_merged_layer(tmp_path: Path) -> None:
+    block = two(Chain(conv=conv(), bn=bn()), Chain(conv=conv(size=1), bn=bn()))
+    model = ready(Lambda(lambda self, x: self.block(x).relu(), block=block)).float()
+    path = ds.export_onnx(ds.slim(model), tmp_path / "net.onnx", IMAGE.float())
+    graph = onnx.load(path).graph
+    assert [(n.op_type, n.name) for n in graph.node] == [
+        ("Conv", "block.merged/Conv"),
+        ("Relu", "Relu"),
+    ]
+    assert ds.verify(model, path).ok
+
+
 def test_pairs_that_are_not_there() -> None:
     model = ready(two(conv(), conv(size=1)))
     with pytest.raises(PassError, match="is to merge 'sum' from 'x': there is no such pair"):
@@ -512,7 +526,7 @@ def test_two_mode_network_keeps_its_eval_graph() -> None:
         return (out, out.mean()) if self.training else out
 
     model = ready(Lambda(forward, block=two(conv(), conv(size=1))))
-    result = fold(model, IMAGE, by=MERGE)
+    result = fold(model, IMAGE, item=MERGE)
     assert result.changes[-1].what.startswith("the training graph was dropped")
 
 
@@ -542,5 +556,5 @@ def test_random_networks_of_branches(by: MergeLinearBranches) -> None:
     merges = 0
     for _ in range(60):
         model = ready(Chain(a=branch(3), b=nn.ReLU(), c=branch(2)))
-        merges += len(fold(model, IMAGE, by=by).changes)
+        merges += len(fold(model, IMAGE, item=by).changes)
     assert merges > (20 if by.allow_growth else 10)

@@ -42,7 +42,7 @@ def convolutions(model: nn.Module) -> int:
 def test_one_convolution_a_block(name: str, side: int, merges: int, convs: int, norms: int) -> None:
     model = build(name)
     x = torch.randn(1, 3, side, side, dtype=torch.float64)
-    result = fold(model, x, by=ds.MergeLinearBranches())
+    result = fold(model, x, item=ds.MergeLinearBranches())
     assert result.skipped == ()
     assert len(result.changes) == merges
     assert (convolutions(result.module), norms_left(result.module)) == (convs, norms)

@@ -24,7 +24,7 @@ def same(model: nn.Module, *inputs: Tensor, shapes: bool = False) -> list[str]:
     result = fold(
         model.double().eval(),
         *(inputs or (IMAGE,)),
-        by=ds.RemoveNoOps(),
+        item=ds.RemoveNoOps(),
         shapes=shapes,
         tolerance=0.0,
     )
@@ -185,6 +185,8 @@ def test_reshapes_in_a_row() -> None:
         return x.relu().permute(0, 2, 3, 1).reshape(4, -1).view(2, -1)
 
     assert code(permuted) == ["relu", "permute", "reshape", "view"]
+    bits = code(lambda self, x: x.relu().view(torch.int64).view(4, -1) + 1)
+    assert bits == ["relu", "view", "view_1", "add"]
 
 
 def test_equal_operations() -> None:
@@ -238,7 +240,7 @@ def test_constants_are_computed_once() -> None:
 
     parts = {"table": nn.Parameter(values(5, 7)), "index": torch.tensor([4, 1, 1, 0])}
     model = Lambda(forward, **parts).double().eval()
-    result = fold(model, IMAGE, by=ds.RemoveNoOps(), tolerance=0.0)
+    result = fold(model, IMAGE, item=ds.RemoveNoOps(), tolerance=0.0)
     assert list(result.module.state_dict()) == ["constant"]
     assert result.module.constant.shape == (3, 4)
     gather = Lambda(lambda self, x: x.flatten(1)[:, :4] + self.table[self.index][:, 0], **parts)
@@ -252,7 +254,7 @@ def test_constants_that_stay() -> None:
         return x.sum() + self.table.repeat(50, 50).exp()
 
     model = Lambda(grows, table=nn.Parameter(values(5, 7))).double().eval()
-    kept = fold(model, IMAGE, by=ds.RemoveNoOps(max_constant=1000), tolerance=0.0)
+    kept = fold(model, IMAGE, item=ds.RemoveNoOps(max_constant=1000), tolerance=0.0)
     assert "exp" in [node.name for node in kept.module.graph.nodes]
 
     def returned(self: Any, x: Tensor) -> Any:
@@ -278,7 +280,7 @@ def test_constants_that_stay() -> None:
 def test_standardised_weights_are_a_constant() -> None:
     model = ready(timm.create_model("nf_resnet26"))
     x = torch.randn(1, 3, 64, 64).double()
-    result = fold(model, x, by=ds.RemoveNoOps(), tolerance=0.0)
+    result = fold(model, x, item=ds.RemoveNoOps(), tolerance=0.0)
     targets = [node.target for node in result.module.graph.nodes]
     assert F.batch_norm not in targets
     assert torch.batch_norm not in targets
@@ -291,7 +293,7 @@ def test_dead_branches() -> None:
         return (main, aux) if self.training else main
 
     model = Lambda(forward, main=nn.Conv2d(4, 2, 1), aux=nn.Conv2d(4, 3, 1)).double().eval()
-    result = fold(model, IMAGE, by=ds.RemoveNoOps(), tolerance=0.0)
+    result = fold(model, IMAGE, item=ds.RemoveNoOps(), tolerance=0.0)
     assert not [key for key in result.module.state_dict() if key.startswith("aux")]
     assert result.changes[-1].what == "nothing reads aux: erased"
     training = apply(model.train(), ds.RemoveNoOps())

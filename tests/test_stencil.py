@@ -33,7 +33,9 @@ def run(given: Kernel, x: Tensor) -> Tensor:
     stride = tuple(axis.stride for axis in axes)
     dilation = tuple(axis.step or 1 for axis in axes)
     convolve: Any = (F.conv1d, F.conv2d)[len(axes) - 1]
-    return convolve(padded, given.weight, given.bias, stride, 0, dilation, given.form.groups)
+    return convolve(
+        padded, given.placed(given.form), given.bias, stride, 0, dilation, given.form.groups
+    )
 
 
 @st.composite

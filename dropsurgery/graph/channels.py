@@ -70,6 +70,11 @@ class Shapes:
         self._known()
         return self._is_contradictory
 
+    def certain_rank(self, node: fx.Node) -> int | None:
+        """Return the number of axes where it follows without cases, in no time."""
+        shape = traced_shape(node) or self._known().get(node)
+        return None if shape is None else len(shape)
+
     def _known(self) -> dict[fx.Node, Shape | None]:
         """Return what follows without assuming any rank."""
         if self._certain is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,12 +43,12 @@ class Source:
     Attributes:
         spatial: number of spatial axes, behind the channels; 0 where the channels are on the last.
         channels: number of channels.
-        rank: number of axes, or None where it is not proved.
+        node: the value.
     """
 
     spatial: int
     channels: int
-    rank: int | None
+    node: fx.Node
 
 
 class Linear:
@@ -149,16 +150,16 @@ class Linear:
 
     def _find_source(self, node: fx.Node) -> Source | None:
         found = self._first_reader(node)
-        rank = self.shapes.rank(node)
         if found is None:
             return None
         spatial, channels = found
         shape = traced_shape(node)
         if shape is not None and (len(shape) <= spatial or shape[-spatial - 1] != channels):
             return None
+        rank = self.shapes.certain_rank(node)
         if spatial and (self.shapes.contradicts() or rank not in (None, spatial + 1, spatial + 2)):
             return None
-        return Source(spatial, channels, rank)
+        return Source(spatial, channels, node)
 
     def _first_reader(self, node: fx.Node) -> tuple[int, int] | None:
         """Return (spatial axes, channels) of the first layer with weights that a value comes to."""
@@ -183,50 +184,101 @@ class Linear:
             Refused: it is not one for each channel.
         """
         if gain.norm is None:
-            factor = _per_channel(gain.factor, source, channels)
-            return Affine(factor, _per_channel(gain.summand, source, channels).to(factor.device))
+            factor = self._per_channel(gain.factor, source, channels)
+            summand = self._per_channel(gain.summand, source, channels)
+            return Affine(factor, summand.to(factor.device))
         norm = gain.norm
-        rank = source.rank
+        rank = self._rank(source)
         if source.spatial == 0 and rank != 2:
             raise Refused(f"{norm.label} normalises axis 1, which may not be the last one")
-        if source.spatial:
-            rank = source.spatial + 2 if rank is None else rank
         if rank is None or rank < source.spatial + 2 or rank not in (norm.ranks or (rank,)):
             raise Refused(f"{norm.label} normalises axis 1, which is not that of the channels")
         if norm.mean.numel() != channels:
             raise Refused(f"{norm.label} has {norm.mean.numel()} features for {channels} channels")
         return norm.affine()
 
+    def _rank(self, source: Source) -> int | None:
+        """Return the number of axes; a convolution is taken to be batched."""
+        if source.spatial == 0:
+            return self.shapes.rank(source.node)
+        return self.shapes.certain_rank(source.node) or source.spatial + 2
+
+    def _per_channel(self, value: Tensor | float, source: Source, channels: int) -> Tensor:
+        """Return a constant that is broadcast over a value as one entry for each channel."""
+        if not isinstance(value, Tensor):
+            return torch.full((channels,), float(value), dtype=torch.float64)
+        if value.ndim > 1 and value.ndim > (self._rank(source) or 1):
+            raise Refused("a constant has more axes than what it is combined with")
+        if value.numel() == 1:
+            return value.double().reshape(1).expand(channels).clone()
+        padded = (1,) * (source.spatial + 1 - value.ndim) + tuple(value.shape)
+        if padded[len(padded) - source.spatial - 1] != channels or value.numel() != channels:
+            raise Refused("a constant is not one number for each channel")
+        return value.double().flatten()
+
     def kernel(self, node: fx.Node, source: fx.Node) -> Kernel:
         """Return what a node is of another, in float64 (see `dropsurgery.graph.forms`)."""
         known = self.source(source)
         assert known is not None
-        kernels = {source: _identity(known, self._device(node, source))}
-        for value in between(self, node, source):
+        order = list(between(self, node, source))
+        uses = Counter(v for value in order for v in operands(self.piece(value)))
+        device = self._device(order)
+        kernels = {source: _identity(known, device)}
+
+        def operand(value: fx.Node) -> Kernel:
+            kernel = kernels[value]
+            return kernel if uses[value] == 1 else replace(kernel, is_own=False)
+
+        for value in order:
             piece = self.piece(value)
             if isinstance(piece, Same):
-                kernels[value] = kernels[piece.data]
+                kernels[value] = operand(piece.data)
             elif isinstance(piece, Gain):
-                inner = kernels[piece.data]
+                inner = operand(piece.data)
                 affine = self.affine(piece, known, inner.form.outputs)
-                device = inner.weight.device
                 on_device = Affine(affine.scale.to(device), affine.shift.to(device))
                 kernels[value] = inner.then(on_device)
             elif isinstance(piece, Sum):
-                left, right = kernels[piece.left], kernels[piece.right]
+                left, right = operand(piece.left), operand(piece.right)
                 kernels[value] = left.plus(right, piece.sign)
             else:
                 assert isinstance(piece, Layer)
-                inner = kernels[piece.data]
+                inner = operand(piece.data)
                 outer = piece.kernel(known.spatial, inner.form.outputs)
-                weight = outer.weight.to(inner.weight.device)
-                bias = outer.bias.to(inner.weight.device)
-                kernels[value] = Kernel(outer.form, weight, bias).behind(inner)
+                outer = replace(outer, weight=outer.weight.to(device), bias=outer.bias.to(device))
+                # The source itself is the identity, and weights may be large.
+                kernels[value] = outer if piece.data is source else outer.behind(inner)
         return kernels[node]
 
-    def _device(self, node: fx.Node, source: fx.Node) -> torch.device:
-        """Return the device of the layers between two nodes."""
+    def bounds(self, node: fx.Node, source: fx.Node) -> tuple[float, float]:
+        """Return what no entry of the weight and of the bias of a `kernel` exceeds."""
+        known = self.source(source)
+        assert known is not None
+        found = {source: (1.0, 0.0, known.channels)}
         for value in between(self, node, source):
+            piece = self.piece(value)
+            if isinstance(piece, Same):
+                found[value] = found[piece.data]
+            elif isinstance(piece, Gain):
+                weight, bias, channels = found[piece.data]
+                affine = self.affine(piece, known, channels)
+                scale, shift = float(affine.scale.abs().max()), float(affine.shift.abs().max())
+                found[value] = (weight * scale, bias * scale + shift, channels)
+            elif isinstance(piece, Sum):
+                left, right = found[piece.left], found[piece.right]
+                found[value] = (left[0] + right[0], left[1] + right[1], left[2])
+            else:
+                assert isinstance(piece, Layer)
+                weight, bias, channels = found[piece.data]
+                form = piece.form(known.spatial, channels)
+                peak, shift = piece.peaks()
+                fan = form.numel // form.outputs
+                found[value] = (weight * peak * fan, bias * peak * fan + shift, form.outputs)
+        return found[node][:2]
+
+    def _device(self, order: list[fx.Node]) -> torch.device:
+        """Return the device of the layers among nodes."""
+        for value in order:
             piece = self.piece(value)
             if isinstance(piece, Layer) and piece.weighted is not None:
                 return piece.weighted.weight.device
@@ -269,20 +321,3 @@ def _product(name: str, data: fx.Node, value: Tensor | float, *, is_left: bool) 
             return Gain(data, factor=1.0 / value) if value else None
         return Gain(data, factor=value.double().reciprocal().to(torch.float64))
     return None
-
-
-def _per_channel(value: Tensor | float, source: Source, channels: int) -> Tensor:
-    """Return a constant that is broadcast over a value as one entry for each channel."""
-    if not isinstance(value, Tensor):
-        return torch.full((channels,), float(value), dtype=torch.float64)
-    least = source.spatial + 1 if source.rank is None else source.rank
-    if source.spatial and source.rank is None:
-        least += 1  # a convolution is taken to be batched
-    if value.ndim > least:
-        raise Refused("a constant has more axes than what it is combined with")
-    if value.numel() == 1:
-        return value.double().reshape(1).expand(channels).clone()
-    padded = (1,) * (source.spatial + 1 - value.ndim) + tuple(value.shape)
-    if padded[len(padded) - source.spatial - 1] != channels or value.numel() != channels:
-        raise Refused("a constant is not one number for each channel")
-    return value.double().flatten()

@@ -86,16 +86,25 @@ class Layer:
         shifts = layer.bias is not None
         return Stencil(self.axes, inputs, layer.channels, layer.groups, self.border, shifts)
 
+    def peaks(self) -> tuple[float, float]:
+        """Return the largest |weight| and |bias|."""
+        if self.weighted is None:
+            return abs(self.value), 0.0
+        bias = self.weighted.bias
+        shift = 0.0 if bias is None else float(bias.detach().abs().max())
+        return float(self.weighted.peaks().max()), shift
+
     def kernel(self, spatial: int, channels: int) -> Kernel:
         """Return its stencil with its values."""
         form = self.form(spatial, channels)
         if self.weighted is None:
             weight = torch.full(form.shape, self.value, dtype=torch.float64)
         else:
-            weight = self.weighted.weight.detach().double()
+            weight = self.weighted.weight.detach()
         bias = None if self.weighted is None else self.weighted.bias
         if bias is None:
-            return Kernel(form, weight, weight.new_zeros(form.outputs))
+            zeros = torch.zeros(form.outputs, dtype=torch.float64, device=weight.device)
+            return Kernel(form, weight, zeros)
         return Kernel(form, weight, bias.detach().double())
 
 

@@ -148,6 +148,12 @@ class Stencil:
         """Number of weights, and of multiplications for each output position."""
         return math.prod(self.shape)
 
+    @property
+    def is_gain(self) -> bool:
+        """Whether it multiplies each channel by a number."""
+        pointwise = all(axis == POINT for axis in self.axes)
+        return pointwise and self.groups == self.inputs == self.outputs
+
     def plus(self, other: Stencil) -> Stencil:
         """Return the form of the sum of two stencils of one input.
 
@@ -232,34 +238,49 @@ class Stencil:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A stencil with its values, in float64.
+    """A stencil with its values, whose arithmetic is float64.
 
     Attributes:
         form: the stencil.
-        weight: shape `form.shape`.
+        weight: shape `form.shape`, before the scale; as it is stored, in any dtype.
         bias: shape (outputs,).
+        scale: what each output channel of the weight is to be multiplied by, or None; kept apart,
+            since large weights are best gone through once.
+        is_own: whether the weight is nobody else's, so that a sum may be made in it.
     """
 
     form: Stencil
     weight: Tensor
     bias: Tensor
+    scale: Tensor | None = None
+    is_own: bool = False
 
     def then(self, affine: Affine) -> Kernel:
         """Return s·y + t."""
-        scale = affine.scale.view(-1, *(1,) * (self.weight.ndim - 1))
+        scale = affine.scale if self.scale is None else affine.scale * self.scale
         bias = affine.scale * self.bias + affine.shift
-        return Kernel(self.form.shifted(), self.weight * scale, bias)
+        return Kernel(self.form.shifted(), self.weight, bias, scale, self.is_own)
 
     def plus(self, other: Kernel, sign: float) -> Kernel:
         """Return the sum, or with a sign of -1 the difference, of two kernels of one input."""
         form = self.form.plus(other.form)
-        left, right = self.placed(form), other.placed(form)
-        return Kernel(form, left.add_(right, alpha=sign), self.bias + sign * other.bias)
+        bias = self.bias + sign * other.bias
+        first, second, signs = self, other, (1.0, sign)
+        if other.form.numel > self.form.numel or (other.is_own and not self.is_own):
+            first, second, signs = other, self, (sign, 1.0)
+        total = first.placed(form, signs[0])
+        part = total.view(form.groups, -1, *total.shape[1:])
+        part = part[(slice(None),) * 3 + second._window(form)]
+        part.add_(_grouped(second, form.groups) * second._factor(form.groups), alpha=signs[1])
+        return Kernel(form, total, bias, is_own=True)
 
     def behind(self, inner: Kernel) -> Kernel:
         """Return this kernel of the output of another."""
         form = self.form.behind(inner.form)
-        second, first = _grouped(self, form.groups), _grouped(inner, form.groups)
+        if inner.form.is_gain:
+            return self._behind_gain(inner, form)
+        second, first = _grouped(self, form.groups).double(), _grouped(inner, form.groups)
+        first = first * inner._factor(form.groups)
         second = second.reshape(*second.shape[:3], -1)
         weight = first.new_zeros((form.groups, second.shape[1], first.shape[2], *form.shape[2:]))
         taps = product(*(range(axis.count) for axis in self.form.axes))
@@ -273,18 +294,50 @@ class Kernel:
             mixed = second[..., number] @ first.flatten(2)
             target = weight[(slice(None),) * 3 + window]
             target += mixed.view(target.shape)
-        total = second.sum(3)
-        bias = (total @ inner.bias.view(form.groups, -1, 1)).flatten()
-        return Kernel(form, weight.view(form.shape), self.bias + bias)
+        bias = (second.sum(3) @ inner.bias.view(form.groups, -1, 1)).flatten()
+        return self._scaled(form, weight.view(form.shape), bias)
 
-    def placed(self, form: Stencil) -> Tensor:
-        """Return a copy of the weight in a form that has its taps and perhaps more."""
+    def _behind_gain(self, gain: Kernel, form: Stencil) -> Kernel:
+        """Return this kernel behind a gain, channel by channel."""
+        groups, taps = self.form.groups, (1,) * len(form.axes)
+        weight = self.weight.double().view(groups, -1, *self.weight.shape[1:])
+        factor = gain.weight if gain.scale is None else gain.weight.flatten() * gain.scale
+        shift = gain.bias.view(groups, -1, 1)
+        total = weight.reshape(*weight.shape[:3], -1).sum(3)
+        scaled = (weight * factor.view(groups, 1, -1, *taps)).view(self.weight.shape)
+        return self._scaled(form, scaled, (total @ shift).flatten())
+
+    def _scaled(self, form: Stencil, weight: Tensor, bias: Tensor) -> Kernel:
+        """Return a kernel behind this one's scale and with its bias."""
+        bias = bias if self.scale is None else self.scale * bias
+        return Kernel(form, weight, self.bias + bias, self.scale)
+
+    def placed(self, form: Stencil, sign: float = 1.0) -> Tensor:
+        """Return the scaled weight in a form that has its taps and perhaps more.
+
+        It is a copy, or the weight itself where that is nobody else's.
+        """
+        factor = sign * self._factor(form.groups)
+        if self.is_own and self.form.shape == form.shape and self.form.groups == form.groups:
+            plain = sign == 1.0 and self.scale is None
+            own = self.weight.view(form.groups, -1, *self.weight.shape[1:])
+            return self.weight if plain else own.mul_(factor).view(form.shape)
         weight = _grouped(self, form.groups)
-        placed = weight.new_zeros((*weight.shape[:3], *form.shape[2:]))
-        pairs = zip(self.form.axes, form.axes, strict=True)
-        window = tuple(_taps(own, own.first, whole) for own, whole in pairs)
-        placed[(slice(None),) * 3 + window] = weight
+        if weight.shape[2:] == (form.shape[1], *form.shape[2:]):
+            return (weight * factor).view(form.shape)
+        placed = factor.new_zeros((*weight.shape[:3], *form.shape[2:]))
+        placed[(slice(None),) * 3 + self._window(form)] = weight * factor
         return placed.view(form.shape)
+
+    def _window(self, form: Stencil) -> tuple[slice, ...]:
+        """Return where its taps are in a form that has them."""
+        pairs = zip(self.form.axes, form.axes, strict=True)
+        return tuple(_taps(own, own.first, whole) for own, whole in pairs)
+
+    def _factor(self, groups: int) -> Tensor:
+        """Return the scale as it is multiplied with (groups, outputs, inputs, *taps)."""
+        scale = torch.ones_like(self.bias) if self.scale is None else self.scale
+        return scale.view(groups, -1, *(1,) * (self.weight.ndim - 1))
 
 
 def _places(offset: int, inner: Axis, whole: Axis) -> slice:

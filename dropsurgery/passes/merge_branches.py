@@ -217,7 +217,23 @@ class _Planner:
         if self.settings.merges is not None:
             return None
         with torch.no_grad():
-            return _loses_precision(self.linear.kernel(node, source), dtype)
+            return self.loses_precision(node, source, dtype)
+
+    def loses_precision(self, node: fx.Node, source: fx.Node, dtype: torch.dtype) -> str | None:
+        """Return why the merged parameters cannot be held in a dtype, or None."""
+        info = torch.finfo(dtype)
+        most = self.linear.bounds(node, source)
+        # Far from both ends of the dtype's range nothing needs to be computed.
+        if max(most) < info.max and most[0] > info.tiny * 2**30:
+            return None
+        kernel = self.linear.kernel(node, source)
+        weight = kernel.placed(kernel.form)
+        peaks = torch.stack((weight.abs().max(), kernel.bias.abs().max()))
+        if not bool(peaks.to(dtype).isfinite().all()):
+            return f"the merged weights are not finite in {dtype}"
+        if 0.0 < float(peaks[0]) < info.tiny:
+            return f"the merged weights are too small for {dtype} (largest {float(peaks[0]):.2g})"
+        return None
 
     def given(self, pairs: tuple[tuple[str, str], ...]) -> dict[fx.Node, fx.Node]:
         """Return (node → source) of what a saved surgery lists."""
@@ -322,17 +338,6 @@ def _size(form: Stencil) -> str:
     return "x".join(map(str, form.shape)) + (f" in {form.groups} groups" * (form.groups > 1))
 
 
-def _loses_precision(kernel: Kernel, dtype: torch.dtype) -> str | None:
-    """Return why the merged parameters cannot be held in a dtype, or None."""
-    largest = float(kernel.weight.abs().max())
-    peaks = torch.stack((kernel.weight.abs().max(), kernel.bias.abs().max()))
-    if not bool(peaks.to(dtype).isfinite().all()):
-        return f"the merged weights are not finite in {dtype}"
-    if 0.0 < largest < torch.finfo(dtype).tiny:
-        return f"the merged weights are too small for {dtype} (largest {largest:.2g})"
-    return None
-
-
 class _Surgeon(Editor):
     """Carries merges out on a module."""
 
@@ -396,7 +401,8 @@ def _build(kernel: Kernel, weights: list[Tensor]) -> nn.Module:
         )
     else:
         layer = nn.Linear(form.inputs, form.outputs, form.shifts, device="meta")
-    weight = kernel.placed(form).to(like.dtype)
+    as_it_is = form == kernel.form and kernel.scale is None
+    weight = (kernel.weight if as_it_is else kernel.placed(form)).to(like.dtype, copy=True)
     if weight.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         weight = weight.contiguous(memory_format=torch.channels_last)
     trains = any(weight.requires_grad for weight in weights)

@@ -259,16 +259,14 @@ class _Trial:
 
     def is_reshape_twice(self, node: fx.Node) -> bool:
         """Say whether a node reshapes what nothing but it reads, and which is a reshaped value."""
-        if node.target not in _RESHAPES or not isinstance(node.args[0], fx.Node):
+        source = node.args[0] if node.args else None
+        if node.target not in _RESHAPES or not isinstance(source, fx.Node) or not source.args:
             return False
-        source = node.args[0]
         known = source.target in _FLAT if node.target in _COPYING else source.target == "view"
-        return (
-            known
-            and len(source.users) == 1
-            and node.op != "get_attr"
-            and isinstance(source.args[0], fx.Node)
-        )
+        # view(dtype) takes the bytes for other numbers.
+        sizes = [item for item in (*node.args, *source.args) if not isinstance(item, torch.dtype)]
+        plain = len(sizes) == len(node.args) + len(source.args) and "dtype" not in source.kwargs
+        return known and plain and len(source.users) == 1 and isinstance(source.args[0], fx.Node)
 
     def label(self, node: fx.Node) -> str:
         called = called_module(self.module, node)
