@@ -43,6 +43,7 @@ from dropsurgery.cli_options import (
     load_network,
     read_inputs,
     read_key,
+    reference_of,
     survival_rule,
 )
 from dropsurgery.cli_output import (
@@ -341,7 +342,7 @@ def verify(
     if file is None:
         return _verify_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
-        loaded = load_network(model, weights, model_arg, surgery)
+        loaded = reference_of(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
         verdict = ds.verify(
             loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
