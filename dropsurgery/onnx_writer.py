@@ -17,6 +17,7 @@ from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
 from dropsurgery.graph.module import HISTORY
 from dropsurgery.graph.signature import first_line
 from dropsurgery.monte_carlo import noise_record
+from dropsurgery.onnx_random import op_draws
 
 # A protobuf message holds at most 2 GiB; the graph itself takes some of it.
 ONE_FILE_LIMIT = 2**31 - 64 * 2**20
@@ -133,18 +134,12 @@ def refuse_random_nodes(ir_model: Any, places: Collection[str] = ()) -> None:
         ir_model: the graph.
         places: paths of the modules whose draws are meant (`monte_carlo_places`).
     """
-    import onnx
-
     for node in ir_model.graph.all_nodes():
-        try:
-            schema: Any = onnx.defs.get_schema(node.op_type, 23, node.domain)
-        except onnx.defs.SchemaError:
-            continue  # a custom operator: nothing is known of it
-        random = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
-        if random and _draws_at_run_time(node, places):
-            continue
         # Dropout without its third input, training_mode, is the identity.
-        if random and not (node.op_type == "Dropout" and len(node.inputs) < 3):
+        trains = node.op_type == "Dropout" and len(node.inputs) > 2
+        if not trains and not op_draws(node.op_type, node.domain):
+            continue
+        if not _draws_at_run_time(node, places):
             raise ExportError(
                 f"the exported graph draws random numbers ({node.op_type})",
                 where=node.name,

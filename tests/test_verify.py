@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropsurgery as ds
-from dropsurgery.errors import ArgumentError, ArgumentTypeError, ProviderError, VerifyError
+from dropsurgery.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ProviderError,
+    StochasticError,
+    VerifyError,
+)
 from dropsurgery.testing import assert_equivalent
 from dropsurgery.verify import Gate
 from tests.helpers import randomize
@@ -279,7 +285,7 @@ def test_variations_keep_sign_and_range() -> None:
     assert ds.verify(Careful(), Careful(), inputs).ok
 
 
-@pytest.mark.parametrize("inputs", [3, "x", [], (), (1, 2), [torch.ones(1), 3]])
+@pytest.mark.parametrize("inputs", [3, b"x", [], (), (1, 2), [torch.ones(1), 3], iter(())])
 def test_inputs_of_the_wrong_kind(path: Path, inputs: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="inputs holds"):
         ds.verify(net(), path, inputs)
@@ -602,7 +608,7 @@ def test_weights_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(onnx_writer, "ONE_FILE_LIMIT", 100)
     path = ds.export_onnx(net(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
     (tmp_path / "m.onnx.data").unlink()
-    with pytest.raises(VerifyError, match=r"onnxruntime cannot load the file"):
+    with pytest.raises(VerifyError, match=r"external data are missing"):
         ds.verify(net(), path)
 
 
@@ -643,19 +649,7 @@ def test_a_file_with_another_number_of_inputs(tmp_path: Path) -> None:
         ds.verify(nn.ReLU(), path, torch.randn(2, 4))
 
 
-def test_a_file_with_other_open_axes_asks_for_inputs(tmp_path: Path) -> None:
-    path = written(
-        tmp_path / "open.onnx",
-        [helper.make_node("Relu", ["x"], ["y"])],
-        [value("x", "N", "length")],
-        [value("y", "N", "length")],
-    )
-    with pytest.raises(VerifyError, match="no input can be made up"):
-        ds.verify(nn.ReLU(), path)
-    assert ds.verify(nn.ReLU(), path, torch.randn(2, 9)).ok
-
-
-def test_a_random_file_differs(tmp_path: Path) -> None:
+def test_a_random_file_is_refused(tmp_path: Path) -> None:
     path = written(
         tmp_path / "random.onnx",
         [
@@ -665,7 +659,8 @@ def test_a_random_file_differs(tmp_path: Path) -> None:
         [value("x", "N", 4)],
         [value("y", "N", 4)],
     )
-    assert not ds.verify(nn.Identity(), path).ok
+    with pytest.raises(StochasticError, match="the file draws random numbers, in 1 node"):
+        ds.verify(nn.Identity(), path)
 
 
 def test_token_inputs_stay_within_the_vocabulary(tmp_path: Path) -> None:

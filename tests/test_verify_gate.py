@@ -259,35 +259,88 @@ def assigned(*nodes: tuple[str, str, str]) -> list[SimpleNamespace]:
 
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+EXACT = {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "device_id": "0"}, CPU: {}}
 
 
 def test_nodes_on_the_provider_are_counted() -> None:
     placed = assigned((CUDA, "a", "Conv"), (CUDA, "b", "Relu"), (CPU, "s", "Shape"))
-    assert providers.confirm("cuda", [CUDA, CPU], placed, frozenset({"s"})) == "CUDA 2/3 nodes"
-    assert providers.confirm("cpu", [CPU], assigned((CPU, "a", "Conv")), frozenset())
+    shapes = frozenset({"s"})
+    found = providers.confirm("cuda", [CUDA, CPU], placed, shapes, EXACT)
+    assert found == "CUDA 2/3 nodes; Shape on CPU; TF32 off"
+    placed = assigned((CUDA, "a", "Conv"))
+    found = providers.confirm("cuda", [CUDA, CPU], placed, frozenset(), EXACT)
+    assert found == "CUDA 1/1 nodes; TF32 off"
+    placed = assigned((CPU, "a", "Conv"))
+    assert providers.confirm("cpu", [CPU], placed, frozenset(), {CPU: {}}) == "CPU 1/1 nodes"
 
 
 def test_a_node_that_fell_back_is_named() -> None:
     placed = assigned((CUDA, "a", "Conv"), (CPU, "layer1/Resize", "Resize"), (CPU, "s", "Shape"))
     with pytest.raises(ProviderError, match=r"1 of 3 nodes fell back from CUDA") as caught:
-        providers.confirm("cuda", [CUDA, CPU], placed, frozenset({"s"}))
+        providers.confirm("cuda", [CUDA, CPU], placed, frozenset({"s"}), EXACT)
     assert caught.value.where == "layer1/Resize (Resize)"
+    # A node without a name is no shape node, whatever it computes.
+    placed = assigned((CUDA, "a", "Conv"), *((CPU, "", "Shape") for _ in range(7)))
+    with pytest.raises(ProviderError, match="7 of 8 nodes fell back") as caught:
+        providers.confirm("cuda", [CUDA, CPU], placed, frozenset({"s"}), EXACT)
+    assert str(caught.value.where).endswith("? (Shape) and 2 more")
 
 
 def test_a_provider_that_was_dropped_whole() -> None:
+    placed = assigned((CPU, "a", "Conv"))
     with pytest.raises(ProviderError, match="onnxruntime dropped CUDAExecutionProvider"):
-        providers.confirm("cuda", [CPU], assigned((CPU, "a", "Conv")), frozenset({"a"}))
+        providers.confirm("cuda", [CPU], placed, frozenset({"a"}), {CPU: {}})
 
 
 def test_no_report_is_no_proof() -> None:
     with pytest.raises(ProviderError, match="does not say where its nodes run"):
-        providers.confirm("cuda", [CUDA, CPU], [], frozenset())
+        providers.confirm("cuda", [CUDA, CPU], [], frozenset(), EXACT)
 
 
-def test_tf32_is_off() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_tf32", "1"), ("use_tf32", None), ("cudnn_conv_algo_search", "EXHAUSTIVE")],
+)
+def test_an_option_that_was_not_taken(key: str, value: str | None) -> None:
+    found = {k: v for k, v in EXACT[CUDA].items() if k != key}
+    options = {CUDA: {**found, key: value} if value else found}
+    message = f"runs with {key}={value!r} instead of"
+    with pytest.raises(ProviderError, match=message):
+        providers.confirm(
+            "cuda",
+            [CUDA],
+            assigned((CUDA, "a", "Conv")),
+            frozenset(),
+            options,  # type: ignore[arg-type]
+        )
+
+
+def test_what_is_asked_for() -> None:
     chosen = providers.session_arguments("cuda")["providers"]
-    assert chosen[0] == (CUDA, {"use_tf32": "0"})
+    assert chosen[0] == (CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"})
     assert chosen[1] == CPU
+    assert providers.session_options().use_deterministic_compute
+
+
+def test_a_session_that_is_not_deterministic() -> None:
+    session = SimpleNamespace(
+        get_session_options=lambda: SimpleNamespace(use_deterministic_compute=False)
+    )
+    with pytest.raises(ProviderError, match="dropped the option for deterministic computation"):
+        providers.confirm_session("cpu", session, frozenset())
+
+
+def test_a_session_with_a_fake_assignment() -> None:
+    session = SimpleNamespace(
+        get_session_options=lambda: SimpleNamespace(use_deterministic_compute=True),
+        get_providers=lambda: [CUDA, CPU],
+        get_provider_graph_assignment_info=lambda: assigned(
+            *((CUDA, f"n{i}", "Conv") for i in range(121)), (CPU, "s", "Shape")
+        ),
+        get_provider_options=lambda: EXACT,
+    )
+    found = providers.confirm_session("cuda", session, frozenset({"s"}))
+    assert found == "CUDA 121/122 nodes; Shape on CPU; TF32 off"
 
 
 def test_a_provider_that_is_not_built_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from dropsurgery.graph.signature import first_line
+from dropsurgery.onnx_reader import read_onnx
 from dropsurgery.verify import providers
-from dropsurgery.verify.onnx_file import read_model, to_tensor, to_value
+from dropsurgery.verify.onnx_file import to_tensor, to_value
 
 # A message of protobuf holds less than 2 GiB.
 _ONE_MESSAGE = 2**31 - 64 * 2**20
@@ -71,16 +72,18 @@ class MarkedGraph:
         inputs, outputs: names of the graph's inputs and outputs.
 
     Raises:
-        VerifyError: there is no such file, or it is no ONNX model.
+        OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
-        import onnx
+        from onnx.external_data_helper import load_external_data_for_model
 
-        read_model(path)
+        file = read_onnx(path)
         self.path = path
         self.provider = provider
-        self.model = onnx.load(str(path))
+        self.model = file.model
+        if file.sidecars:
+            load_external_data_for_model(self.model, str(file.real.parent))
         graph = self.model.graph
         del graph.value_info[:]  # sizes that a cut may change
         constants = {tensor.name for tensor in graph.initializer}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dropsurgery.errors import VerifyError
+from dropsurgery.errors import OnnxFileError, VerifyError
 from dropsurgery.graph.signature import first_line
+from dropsurgery.onnx_random import constant_readers, random_nodes, train_mode_norms
+from dropsurgery.onnx_reader import OnnxFile, read_onnx
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Spec
 
@@ -25,6 +28,9 @@ _DTYPES = {
     "tensor(int16)": torch.int16,
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
+    "tensor(uint16)": torch.uint16,
+    "tensor(uint32)": torch.uint32,
+    "tensor(uint64)": torch.uint64,
     "tensor(bool)": torch.bool,
 }
 T = TypeVar("T")
@@ -43,49 +49,64 @@ class OnnxRunner:
         recorded: the names of inputs and outputs that dropsurgery's export wrote into the file, or
             None for a file of other origin.
         placement: which provider runs the nodes.
+        draws: nodes that draw random numbers.
+        train_norms: BatchNormalizations in training mode.
 
     Raises:
-        VerifyError: there is no such file, or it is not an ONNX model that onnxruntime can run.
+        OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
+        VerifyError: onnxruntime cannot run it.
         ProviderError: the provider is missing, or did not get all the work.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
-        model = read_model(path)
-        self._session = _session(path, provider)
+        file = read_onnx(path)
+        self.recorded = recorded_names(file, "dropsurgery.outputs")
+        self.draws = random_nodes(file.model)
+        self.train_norms = train_mode_norms(file.model)
+        shapes, real = providers.shape_nodes(file.model.graph), file.real
+        del file  # the weights are not held twice while the session reads them
+        self._session = _session(real, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
-        metadata = {item.key: item.value for item in model.metadata_props}
-        self.recorded: list[str] | None = None
-        if "dropsurgery.outputs" in metadata:
-            self.recorded = json.loads(metadata["dropsurgery.outputs"])
-        self.placement = providers.confirm(
-            provider,
-            self._session.get_providers(),
-            self._session.get_provider_graph_assignment_info(),
-            providers.shape_nodes(model.graph),
-        )
+        self.placement = providers.confirm_session(provider, self._session, shapes)
 
     def specs(self, reference: nn.Module) -> list[Spec]:
         """Return the inputs as the file declares them.
 
         Raises:
-            VerifyError: an input is open along another axis than the batch.
+            VerifyError: an input is no tensor of numbers.
         """
         tables = [m.num_embeddings for m in reference.modules() if isinstance(m, nn.Embedding)]
-        specs = []
         for value in self._session.get_inputs():
-            shape = [size if isinstance(size, int) else None for size in value.shape]
-            if value.type not in _DTYPES or None in shape[1:]:
+            if value.type not in _DTYPES:
                 raise VerifyError(
                     "no input can be made up for what the file declares",
                     where=f"input '{value.name}', {value.type} {value.shape}",
                     fix="pass inputs=, a tensor or a tuple of forward's arguments",
                 )
-            specs.append(
-                Spec(value.name, _DTYPES[value.type], tuple(shape), min(tables, default=2))
+        return [replace(spec, high=min(tables, default=2)) for spec in self.open_shapes()]
+
+    def open_shapes(self) -> list[Spec]:
+        """Return the inputs with names for their open sizes; an axis without one gets its own."""
+        specs = []
+        for value in self._session.get_inputs():
+            shape = tuple(
+                size if isinstance(size, int | str) else f"{value.name}.{axis}"
+                for axis, size in enumerate(value.shape)
             )
+            specs.append(Spec(value.name, _DTYPES.get(value.type, torch.float32), shape))
         return specs
+
+    def frozen(self, path: str, weights: Collection[str]) -> list[str]:
+        """Return, in words, the constants that stand where a module of the network draws.
+
+        Args:
+            path: the module's path.
+            weights: names of constants that are the network's own.
+        """
+        readers = constant_readers(read_onnx(self.path).model, path, weights)
+        return [f"{constant} read by {node}" for node, constant in readers]
 
     @property
     def open_batch(self) -> bool:
@@ -100,62 +121,43 @@ class OnnxRunner:
         return {name: to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
 
 
-def read_model(path: Path) -> Any:
-    """Return the graph of a file without its external weights.
-
-    Raises:
-        VerifyError: there is no such file, or it is no ONNX model.
-    """
-    import onnx
-
+def recorded_names(file: OnnxFile, key: str) -> list[str] | None:
+    """Return names that an export wrote into the file, or None for a file of other origin."""
+    text = file.metadata.get(key)
+    if text is None:
+        return None
     try:
-        missing = "" if path.is_file() else "this is no file"
-        missing = missing if path.exists() else "there is no such file"
-    except OSError as error:  # a name that no file can have
-        missing = f"the file cannot be read: {error.strerror or error}"
-    if missing:
-        raise VerifyError(missing, where=str(path), fix="check the path")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has error classes of its own
-        raise _not_onnx(path, error) from error
-    if not model.graph.node and not model.graph.output:
-        raise _not_onnx(path, None)
-    return model
-
-
-def _not_onnx(path: Path, error: Exception | None) -> VerifyError:
-    return VerifyError(
-        "the file is not a complete ONNX model" + (f": {first_line(error)}" if error else ""),
-        where=f"{path} ({path.stat().st_size} bytes)",
-        fix="export it again; a download may have been cut short",
-    )
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OnnxFileError(
+            f"the metadata are damaged: {key} is {text[:80]!r}",
+            where=str(file.path),
+            fix="export it again",
+        )
+    return names
 
 
 def _session(path: Path, provider: str) -> Any:
     import onnxruntime
 
     providers.check(provider)
-    options = onnxruntime.SessionOptions()
-    # Fatal only: what goes wrong is raised as well.
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, **providers.session_arguments(provider)
+            str(path), providers.session_options(), **providers.session_arguments(provider)
         )
     except Exception as error:
         raise VerifyError(
             f"onnxruntime cannot load the file: {first_line(error)}",
             where=str(path),
-            fix="check that it is complete, that its .data file is beside it, and that its "
-            "operators and dtypes exist on this provider",
+            fix="check that its operators and dtypes exist on this provider",
         ) from error
     return session
 
 
 def to_value(tensor: Tensor) -> Any:
-    """Return a tensor as onnxruntime takes it."""
+    """Return a tensor as an OrtValue."""
     import onnxruntime
 
     tensor = tensor.detach().cpu().contiguous()
@@ -166,7 +168,7 @@ def to_value(tensor: Tensor) -> Any:
 
 
 def to_tensor(value: Any) -> Tensor:
-    """Return a copy of what onnxruntime computed."""
+    """Return an OrtValue as a tensor."""
     if value.data_type() == "tensor(bfloat16)":  # numpy has no such dtype
         return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
     return torch.from_numpy(value.numpy().copy())

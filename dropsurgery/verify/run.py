@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dropsurgery.errors import ArgumentTypeError, VerifyError
+from dropsurgery.errors import ArgumentTypeError, StochasticError, VerifyError
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.signature import named_outputs
 from dropsurgery.verify.cases import Case
@@ -54,6 +54,10 @@ class ModuleRunner:
         # A fresh clone: a forward that keeps a cache must not find one of another dtype.
         return self._run(inference_clone(self._model), case, Float64(), wide=True)
 
+    def drawn(self, case: Case, seed: int) -> dict[str, Tensor]:
+        """Return the outputs of one random run, with torch's generators seeded for it."""
+        return self._run(self._native, case, contextlib.nullcontext(), seed=seed)
+
     def _run(
         self,
         model: nn.Module,
@@ -61,6 +65,7 @@ class ModuleRunner:
         mode: contextlib.AbstractContextManager[Any],
         *,
         wide: bool = False,
+        seed: int | None = None,
     ) -> dict[str, Tensor]:
         def own(leaf: Any) -> Any:
             # A copy, since a forward may write to its input.
@@ -72,15 +77,15 @@ class ModuleRunner:
         args, kwargs = pytree.tree_map(own, (case.args, dict(case.kwargs)))
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), _full_precision(self.device):
-            before = _random_state(self.device)
+            if seed is not None:
+                torch.manual_seed(seed)
+            before = random_state(self.device)
             with mode:
                 value = model(*args, **kwargs)
-            if not torch.equal(before, _random_state(self.device)):
-                raise VerifyError(
-                    f"the {self.role} draws random numbers in eval mode",
-                    where=self.name,
-                    fix="take the randomness out, or make its draw follow self.training",
-                )
+            drew = not torch.equal(before, random_state(self.device))
+        if drew and seed is None:
+            places = drawing_modules(inference_clone(self._model), args, kwargs, self.device)
+            raise DrawsInEval(self.role, self.name, places)
         try:
             outputs = named_outputs(value)
         except ArgumentTypeError as error:
@@ -104,7 +109,63 @@ def inference_clone(model: nn.Module) -> nn.Module:
     return clone
 
 
-def _random_state(device: torch.device) -> Tensor:
+class DrawsInEval(StochasticError):
+    """A module draws random numbers in eval mode.
+
+    Args:
+        role: "reference" or "candidate".
+        name: the module's class.
+        places: paths and classes of the layers that draw.
+    """
+
+    def __init__(self, role: str, name: str, places: dict[str, str]) -> None:
+        self.role = role
+        self.name = name
+        self.places = places
+        told = [f"{path} ({kind})" for path, kind in places.items() if path]
+        super().__init__(
+            f"the {role} draws random numbers in eval mode",
+            where=f"{name}: {', '.join(told)}" if told else name,
+            fix="stochastic=True compares means and variances of many runs; or take the "
+            "randomness out, or make its draw follow self.training",
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.role, self.name, self.places))
+
+
+def drawing_modules(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> dict[str, str]:
+    """Return the innermost modules that draw in a call: class by path, in the order of calls."""
+    found: dict[str, str] = {}
+    open_calls: list[tuple[Tensor, bool]] = []
+    hooks = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        open_calls.append((random_state(device), False))
+
+    def leave(path: str, module: nn.Module) -> None:
+        before, told = open_calls.pop()
+        if not torch.equal(before, random_state(device)):
+            if not told:
+                found[path] = type(module).__name__
+            if open_calls:
+                open_calls[-1] = (open_calls[-1][0], True)
+
+    for path, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(lambda m, i, o, path=path: leave(path, m)))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of the generators that a module on a device draws from."""
     if device.type == "cuda":
         return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
     return torch.get_rng_state()
