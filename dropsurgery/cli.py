@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -330,6 +330,8 @@ def verify(
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
 
+    Where the file differs from the network, the first module that does is told.
+
     verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
     those of the verdict that export, or verify --record, wrote into the file.
 
@@ -344,16 +346,23 @@ def verify(
     with working(f"verifying {file}") as tell:
         loaded = reference_of(model, weights, model_arg, surgery)
         inputs = None if input_file is None else read_inputs(input_file)
-        verdict = ds.verify(
-            loaded.module, file, inputs, provider=provider, seeds=range(seeds), progress=tell
-        )
+        options: dict[str, Any] = {
+            "provider": provider,
+            "seeds": range(seeds),
+            "progress": tell,
+        }
+        verdict = ds.verify(loaded.module, file, inputs, **options)
+        place = None if verdict.ok else ds.locate(loaded.module, file, inputs, **options)
         if record:
             ds.record(file, loaded.module, verdict, key=key)
         if report is not None:
             cli_report.save(report, cli_report.of_verify(loaded, file, inputs, verdict))
     if as_json:
-        return print_json(verdict.to_json(), verdict_code(verdict))
+        told = place.to_json() if place is not None else None
+        return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
     echo(verdict.table(width()))
+    if place is not None:
+        echo(f"\n{place.table(width())}")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)
