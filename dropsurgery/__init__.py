@@ -68,6 +68,7 @@ from dropsurgery.passes.insert_weighted_channel_dropout import InsertWeightedCha
 from dropsurgery.passes.move_dropout import MoveDropoutAfterLastNorm
 from dropsurgery.passes.remove_drops import RemoveDrops
 from dropsurgery.passes.tap import tap
+from dropsurgery.provenance import check_record, hash_weights, record
 from dropsurgery.rates import RateSchedule
 from dropsurgery.recalibrate import recalibrate_batchnorm
 from dropsurgery.scale import L1Penalty, find_scale_invariant, weight_decay_groups
@@ -101,6 +102,7 @@ __all__ = [
     "SurvivalSchedule",
     "apply",
     "check_distributed",
+    "check_record",
     "ddp_options",
     "draw_masks",
     "errors",
@@ -110,11 +112,13 @@ __all__ = [
     "find_residuals",
     "find_scale_invariant",
     "find_variance_shift",
+    "hash_weights",
     "layers",
     "load",
     "mc_predict",
     "ramps",
     "recalibrate_batchnorm",
+    "record",
     "retrofit",
     "save",
     "seed_drop_paths",

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import typer
-from rich.markup import escape
 
 import dropsurgery as ds
-from dropsurgery import inspection, skeleton
+from dropsurgery import cli_report, inspection, skeleton
 from dropsurgery.cli_options import (
     Batch,
     Count,
@@ -29,9 +27,11 @@ from dropsurgery.cli_options import (
     Include,
     Inputs,
     Json,
+    KeyFile,
     Model,
     ModelArgs,
     ModeName,
+    ReportFile,
     RuleName,
     Single,
     Surgery,
@@ -40,21 +40,28 @@ from dropsurgery.cli_options import (
     Wheres,
     example_inputs,
     insertion,
-    keyword_arguments,
+    load_network,
+    read_key,
     survival_rule,
 )
-from dropsurgery.compute import Compute
-from dropsurgery.errors import DropsurgeryError
-from dropsurgery.models import LoadedModel, load_model
-from dropsurgery.passes.base import Result
-from dropsurgery.report import census, json_text, onnx_census, skips_text, write_whole
+from dropsurgery.cli_output import (
+    DIFFERENT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    TERMINATED,
+    echo,
+    print_json,
+    stderr,
+    tell_report,
+    tell_result,
+    verdict_code,
+    width,
+    working,
+)
+from dropsurgery.errors import ArgumentError, DropsurgeryError
+from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
-from dropsurgery.tables import render
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-DONE, DIFFERENT, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -73,7 +80,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib import metadata
 
-        _print(f"dropsurgery {metadata.version('dropsurgery')}, torch {torch.__version__}")
+        echo(f"dropsurgery {metadata.version('dropsurgery')}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -117,8 +124,8 @@ def inspect(
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
-    with _working(f"inspecting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+    with working(f"inspecting {model}"):
+        loaded = load_network(model, weights, model_arg, surgery)
         examples = example_inputs(loaded, input_shapes) if input_shapes else None
         found = inspection.inspect(model, loaded.module, chosen, examples)
         cost = None
@@ -132,12 +139,12 @@ def inspect(
     if as_json:
         paths = {kind: str(path) for kind, path in pictures.items()}
         counted = {} if cost is None else {"compute": asdict(cost)}
-        return _print_json({**found.to_json(), **counted, "pictures": paths})
-    _print(found.text(_width(), every=every))
+        return print_json({**found.to_json(), **counted, "pictures": paths})
+    echo(found.text(width(), every=every))
     if cost is not None:
-        _print(f"\n{cost.text(_width())}")
+        echo(f"\n{cost.text(width())}")
     for path in pictures.values():
-        _print(f"drawn in {path}")
+        echo(f"drawn in {path}")
     return DONE
 
 
@@ -160,6 +167,7 @@ def retrofit(
     batch: Batch = None,
     input_shapes: Inputs = None,
     every: Every = False,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Put stochastic depth into a network and save the surgery as data.
@@ -170,8 +178,9 @@ def retrofit(
     """
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
-    with _working(f"retrofitting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+    cli_report.checked(report)
+    with working(f"retrofitting {model}"):
+        loaded = load_network(model, weights, model_arg, surgery)
         examples = example_inputs(loaded, input_shapes) if input_shapes else None
         result = ds.apply(loaded.module, chosen, example_inputs=examples)
         cost = None
@@ -179,7 +188,10 @@ def retrofit(
             inputs = example_inputs(loaded, input_shapes, batch)
             cost = ds.expected_compute(result.module, inputs)
         ds.save(result.module, output)
-    return _tell(result, output, model, every, as_json, cost)
+        if report is not None:
+            story = cli_report.of_retrofit(loaded, result, chosen, examples, cost)
+            cli_report.save(report, story)
+    return tell_result(result, output, model, every, as_json, cost, report)
 
 
 @app.command()
@@ -193,18 +205,23 @@ def slim(
     model_arg: ModelArgs = None,
     surgery: Surgery = None,
     every: Every = False,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Take drops out and fold BatchNorm, and tell what was done and what was not.
 
     Example: dropsurgery slim torchvision:resnet50
     """
-    with _working(f"slimming {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+    cli_report.checked(report)
+    with working(f"slimming {model}"):
+        loaded = load_network(model, weights, model_arg, surgery)
         result = ds.apply(loaded.module, *SLIM)
         if output is not None:
             ds.save(result.module, output)
-    return _tell(result, output, model, every, as_json)
+        if report is not None:
+            inputs = cli_report.known_inputs(loaded, None)
+            cli_report.save(report, cli_report.of_slim(loaded, result, inputs, "slim"))
+    return tell_result(result, output, model, every, as_json, report=report)
 
 
 @app.command()
@@ -227,42 +244,67 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the file with the network.")
     ] = True,
+    key_file: KeyFile = None,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
     """Export a network to ONNX, slim, and verify the file against the network.
+
+    The verdict is written into the file: see verify.
 
     Exit code 1: the file was written and is not equivalent.
 
     Example: dropsurgery export net.py:make --weights net.pt --input 1x16x16 -o net.onnx
     """
-    with _working(f"exporting {model}"):
-        loaded = _load(model, weights, model_arg, surgery)
+    key = read_key(key_file)
+    cli_report.checked(report)
+    with working(f"exporting {model}"):
+        loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        network = ds.slim(loaded.module) if slim else loaded.module
+        result = ds.apply(loaded.module, *(SLIM if slim else ()))
+        network = result.module if slim else loaded.module
         ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
         counts = onnx_census(output)
     verdict = None
     if verify:
         try:
-            with _working(f"verifying {output}") as tell:
+            with working(f"verifying {output}") as tell:
                 verdict = ds.verify(loaded.module, output, progress=tell)
+                ds.record(output, loaded.module, verdict, key=key)
         except KeyboardInterrupt:
             raise _Interrupted(f"{output} was written and not verified") from None
     size = output.stat().st_size
+    if report is not None:
+        with working(f"measuring {output}"):
+            story = cli_report.of_export(loaded, result, output, inputs, verdict)
+            cli_report.save(report, story)
     if as_json:
         told = verdict.to_json() if verdict is not None else None
         document = {"model": model, "file": str(output), "bytes": size, "verdict": told}
-        return _print_json({**document, **vars(counts)}, _code(verdict))
-    _print(f"{output}: {size / 1e6:.1f} MB, {counts}")
+        return print_json({**document, **vars(counts)}, verdict_code(verdict))
+    echo(f"{output}: {size / 1e6:.1f} MB, {counts}")
     if verdict is not None:
-        _print(f"\n{verdict.table(_width())}")
-    return _code(verdict)
+        echo(f"\n{verdict.table(width())}")
+    tell_report(report)
+    return verdict_code(verdict)
 
 
 @app.command()
 def verify(
-    model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to check.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE.onnx",
+            help="The network, or the ONNX file, that FILE.onnx should equal.",
+        ),
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE.onnx",
+            help="The file to check. Without it the first is checked against its own record.",
+        ),
+    ] = None,
     weights: Weights = None,
     model_arg: ModelArgs = None,
     surgery: Surgery = None,
@@ -284,16 +326,28 @@ def verify(
     figures: Annotated[
         bool, typer.Option(help="Also print top-1 agreement, SQNR and assert_close figures.")
     ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
+    ] = False,
+    key_file: KeyFile = None,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> int:
-    """Compare an ONNX file with the network it should equal.
+    """Compare an ONNX file with the network it should equal, or with its record.
 
-    Exit code 1: they differ.
+    verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
+    those of the verdict that export, or verify --record, wrote into the file.
+
+    Exit code 1: they differ, or the file was changed.
 
     Example: dropsurgery verify torchvision:resnet50 r50.onnx --weights r50.safetensors
     """
-    with _working(f"verifying {file}") as tell:
-        loaded = _load(model, weights, model_arg, surgery)
+    key = read_key(key_file)
+    cli_report.checked(report)
+    if file is None:
+        return _verify_record(model, key, report, as_json)
+    with working(f"verifying {file}") as tell:
+        loaded = load_network(model, weights, model_arg, surgery)
         verdict = ds.verify(
             loaded.module,
             file,
@@ -303,10 +357,36 @@ def verify(
             stochastic=stochastic,
             progress=tell,
         )
+        if record:
+            ds.record(file, loaded.module, verdict, key=key)
+        if report is not None:
+            cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
     if as_json:
-        return _print_json(verdict.to_json(), _code(verdict))
-    _print(verdict.table(_width(), figures=figures))
-    return _code(verdict)
+        return print_json(verdict.to_json(), verdict_code(verdict))
+    echo(verdict.table(width(), figures=figures))
+    if record:
+        echo(f"recorded in {file}")
+    tell_report(report)
+    return verdict_code(verdict)
+
+
+def _verify_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
+    if not path.endswith(".onnx"):
+        raise ArgumentError(
+            f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
+        )
+    check = ds.check_record(path, key=key)
+    code = DONE if check.equivalent else DIFFERENT
+    if report is not None:
+        cli_report.save(report, cli_report.of_file(Path(path), "verify", check))
+    if as_json:
+        return print_json(check.to_json(), code)
+    echo(check.text(width()))
+    tell_report(report)
+    return code
+
+
+app.command()(cli_report.report)
 
 
 @app.command()
@@ -326,109 +406,13 @@ def demo(
     from dropsurgery.demo import run_demo
 
     with contextlib.redirect_stdout(sys.stderr):
-        report, ok = run_demo(out, epochs=epochs, depth=depth, seed=seed, console=_stderr())
+        report, ok = run_demo(out, epochs=epochs, depth=depth, seed=seed, console=stderr())
     code = DONE if ok else DIFFERENT
     if as_json:
-        return _print_json(report.to_json(), code)
-    _print(report.text(min(_width(), 100)))
-    _print(f"\nLeft in {out}: model.onnx, report.md, report.json")
+        return print_json(report.to_json(), code)
+    echo(report.text(min(width(), 100)))
+    echo(f"\nLeft in {out}: model.onnx, report.md, report.json")
     return code
-
-
-# --- calling -------------------------------------------------------------------------------------
-
-
-def _load(
-    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
-) -> LoadedModel:
-    loaded = load_model(name, weights=weights, arguments=keyword_arguments(model_args or []))
-    if surgery is None:
-        return loaded
-    return LoadedModel(name, ds.load(surgery, loaded.module).eval(), loaded.input_shape)
-
-
-def _code(verdict: Any) -> int:
-    return DONE if verdict is None or verdict.ok else DIFFERENT
-
-
-# --- printing ------------------------------------------------------------------------------------
-
-
-def _tell(
-    result: Result,
-    output: Path | None,
-    model: str,
-    every: bool,
-    as_json: bool,
-    cost: Compute | None = None,
-) -> int:
-    counts = census(result.module)
-    if as_json:
-        directory = None if output is None else str(output)
-        changes = [(c.by, c.module, c.node, c.what) for c in result.changes]
-        skipped = [(s.by, s.module, s.node, s.reason) for s in result.skipped]
-        document: dict[str, Any] = {
-            "changes": _records(("pass", "module", "node", "what"), changes),
-            "skipped": _records(("pass", "module", "node", "reason"), skipped),
-        }
-        if cost is not None:
-            document["compute"] = asdict(cost)
-        return _print_json({"model": model, "directory": directory, **document, **vars(counts)})
-    # What was done names its module; the table of what was not needs the place as well.
-    passes = {change.by for change in result.changes}
-    alone = len(passes) == 1
-    title = f"{model}: {len(result.changes)} changes" + (f" by {min(passes)}" if alone else "")
-    told = [(change.by, change.what)[alone:] for change in result.changes]
-    _print(render(("pass", "what")[alone:], told, title=title, width=_width()))
-    if result.skipped:
-        title = f"{len(result.skipped)} left alone"
-        _print("\n" + skips_text(result.skipped, _width(), title=title, every=every))
-    _print(f"\n{counts}")
-    if cost is not None:
-        _print(f"\n{cost.text(_width())}")
-    if output is not None:
-        _print(f"saved in {output}; in Python: net = dropsurgery.load({str(output)!r}, model)")
-    return DONE
-
-
-def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict[str, object]]:
-    return [dict(zip(keys, row, strict=True)) for row in rows]
-
-
-def _width() -> int:
-    """The terminal's columns, or COLUMNS; wide where the output is a file or a pipe."""
-    return max(shutil.get_terminal_size((160, 24)).columns, 40)
-
-
-def _print(text: str) -> None:
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; the interpreter must not try to flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(DONE) from None
-
-
-def _print_json(document: Any, code: int = DONE) -> int:
-    _print(json_text(document))
-    return code
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-@contextlib.contextmanager
-def _working(what: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner on stderr, and keep what models and libraries print off stdout.
-
-    Gives a function that says more of how far the work is.
-    """
-    with contextlib.redirect_stdout(sys.stderr), _stderr().status(escape(what)) as status:
-        yield lambda more: status.update(escape(f"{what}: {more}"))
 
 
 # --- the entry point -----------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import typer
 from dropsurgery import survival
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.drop_path import Mode
-from dropsurgery.models import LoadedModel
+from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.drop_path import InsertDropPath, Unit
+from dropsurgery.store import load
 
 Model = Annotated[
     str,
@@ -113,9 +114,36 @@ Inputs = Annotated[
         "Hub models know theirs.",
     ),
 ]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="Write all of it as one page; .md and .json give it as Markdown and JSON.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="DROPSURGERY_KEY_FILE",
+        help="A file of 16 bytes or more that the record in the ONNX file is signed with "
+        "(HMAC-SHA256).",
+    ),
+]
 Directory = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the surgery.")
 ]
+
+
+def load_network(
+    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
+) -> LoadedModel:
+    """Load the model that the options describe, with its saved surgery applied."""
+    loaded = load_model(name, weights=weights, arguments=keyword_arguments(model_args or []))
+    if surgery is None:
+        return loaded
+    return LoadedModel(name, load(surgery, loaded.module).eval(), loaded.input_shape)
 
 
 def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -194,3 +222,15 @@ def _shape(text: str) -> tuple[int, ...]:
             f"'{text}' is not a shape", fix="sizes joined by x, without the batch: 3x224x224"
         )
     return tuple(int(size) for size in text.split("x"))
+
+
+def read_key(path: Path | None) -> bytes | None:
+    """Read a key, all of its bytes."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(
+            f"the key cannot be read: {error.strerror or error}", where=str(path)
+        ) from error

@@ -62,6 +62,14 @@ class VerifyError(DropsurgeryError):
     """A comparison could not be carried out (which is not the same as a failed one)."""
 
 
+class OnnxFileError(VerifyError):
+    """An ONNX file is missing, damaged or incomplete, so that it cannot be read."""
+
+
+class UnsafeFileError(OnnxFileError):
+    """An ONNX file would reach out of its folder, or take more memory than its size explains."""
+
+
 class StochasticError(VerifyError):
     """A network or a file draws random numbers, so that single runs of it cannot be compared."""
 

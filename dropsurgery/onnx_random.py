@@ -106,8 +106,8 @@ def module_path(node: Any) -> str:
         if item.key == _SCOPES:
             try:
                 scopes = ast.literal_eval(item.value)
-            except (SyntaxError, ValueError):
-                return ""
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                return ""  # anything may stand in a file
             named = isinstance(scopes, list) and len(scopes) > 1 and isinstance(scopes[-2], str)
             return scopes[-2] if named else ""
     return ""

@@ -24,7 +24,8 @@ from dropsurgery.graph.drops import is_drop_path
 from dropsurgery.graph.leaves import FROZEN_BATCHNORMS, is_one_of
 from dropsurgery.graph.module import Skip
 from dropsurgery.layers import FollowTraining, GaussianDropout, ScaledDotProductAttention
-from dropsurgery.tables import render
+from dropsurgery.onnx_reader import read_onnx
+from dropsurgery.tables import printable, render
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as GitHub-flavoured Markdown."""
-        lines = [f"## {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        return f"## {self.title}\n\n{self.markdown_rows()}"
+
+    def markdown_rows(self) -> str:
+        """Return the table as Markdown without its title."""
+        lines = [_line(self.columns), _line(["---"] * len(self.columns))]
         lines += [_line(row) for row in self.rows]
-        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+        return "\n".join([*lines, "", as_text(self.note), ""] if self.note else [*lines, ""])
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,7 @@ def _drops_units(module: nn.Module) -> bool:
 
 def onnx_census(path: Path) -> Census:
     """Count what an ONNX file's main graph holds; it has no drop paths of its own."""
-    import onnx
-
-    kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    kinds = [node.op_type for node in read_onnx(path).model.graph.node]
     return Census(len(kinds), kinds.count("BatchNormalization"), kinds.count("Dropout"), 0)
 
 
@@ -217,15 +220,16 @@ def medians_in_turns(
 
 def json_text(document: Any) -> str:
     """Return a document as JSON; infinities and NaN, which JSON lacks, become null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
+    return json.dumps(finite(document), indent=2, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a document with None in the place of infinities and NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
@@ -246,4 +250,9 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 
 def _line(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(as_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_text(value: object) -> str:
+    """Return a value as one line of Markdown, in which no name is HTML."""
+    return " ".join(printable(value).split("\n")).replace("<", "&lt;")

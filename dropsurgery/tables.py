@@ -58,6 +58,15 @@ def render(
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def printable(text: object) -> str:
+    """Return text without what moves a cursor or hides letters; line ends stay.
+
+    A name in a file from elsewhere may hold control characters of a terminal, or Unicode that turns
+    the direction of writing.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+
+
 def _fitted(
     columns: Sequence[str], body: list[list[str]], width: int
 ) -> tuple[list[list[str]], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,13 +16,14 @@ from dropsurgery.verify.cases import Case
 from dropsurgery.verify.comparison import Comparison, Progress
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.given import check_path
+from dropsurgery.verify.onnx_reference import OnnxModule
 from dropsurgery.verify.plan import Plan
 from dropsurgery.verify.run import ModuleRunner
 from dropsurgery.verify.verdict import Verdict
 
 
 def verify(
-    reference: nn.Module,
+    reference: nn.Module | str | os.PathLike[str],
     candidate: str | os.PathLike[str] | nn.Module,
     inputs: Any = None,
     *,
@@ -53,7 +55,8 @@ def verify(
     `training` flags do not matter and stay. The float64 run needs no second copy of the weights.
 
     Args:
-        reference: the original network.
+        reference: the original network, or the path of an ONNX file, which onnxruntime runs on the
+            CPU and onnx's reference evaluator in float64 (see `OnnxModule`).
         candidate: path of an ONNX file, or a module.
         inputs: a tensor, a tuple of forward's arguments, a dict of them by name, or a list of
             these, one for each call. Each is run as it is, then varied a little and in other batch
@@ -82,6 +85,9 @@ def verify(
         ProviderError: the provider is missing, or did not get all the work.
         ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
+    name = None
+    if isinstance(reference, str | os.PathLike):
+        name, reference = os.fspath(reference), OnnxModule(reference)
     _check_arguments(reference, candidate, provider, surgered)
     seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
     if gate is not None and not isinstance(gate, Gate):
@@ -101,7 +107,8 @@ def verify(
     else:
         comparison.other.refuse_draws()
         comparison.run(plan.cases(inputs, seeds, batch_sizes))
-    return comparison.verdict(plan.notes)
+    verdict = comparison.verdict(plan.notes)
+    return verdict if name is None else dataclasses.replace(verdict, reference=name)
 
 
 def comparison_cases(
@@ -124,8 +131,8 @@ def comparison_cases(
 def _check_arguments(reference: Any, candidate: Any, provider: Any, surgered: Any) -> None:
     if not isinstance(reference, nn.Module):
         raise ArgumentTypeError(
-            f"the reference is a torch.nn.Module, got {type(reference).__name__}",
-            fix="the original model first, then the candidate",
+            f"the reference is a torch.nn.Module or a path, got {type(reference).__name__}",
+            fix="the original model, or its ONNX file, first, then the candidate",
         )
     if not isinstance(candidate, str | os.PathLike | nn.Module):
         raise ArgumentTypeError(

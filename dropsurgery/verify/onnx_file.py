@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dropsurgery.errors import VerifyError
+from dropsurgery.errors import OnnxFileError, VerifyError
 from dropsurgery.graph.signature import first_line
 from dropsurgery.onnx_random import constant_readers, random_nodes, train_mode_norms
+from dropsurgery.onnx_reader import OnnxFile, read_onnx
 from dropsurgery.verify import providers
 from dropsurgery.verify.cases import Spec
 
@@ -52,22 +53,20 @@ class OnnxRunner:
         train_norms: BatchNormalizations in training mode.
 
     Raises:
-        VerifyError: there is no such file, or it is not an ONNX model that onnxruntime can run.
+        OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
+        VerifyError: onnxruntime cannot run it.
         ProviderError: the provider is missing, or did not get all the work.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
-        model = read_model(path)
-        metadata = {item.key: item.value for item in model.metadata_props}
-        self.recorded: list[str] | None = None
-        if "dropsurgery.outputs" in metadata:
-            self.recorded = json.loads(metadata["dropsurgery.outputs"])
-        self.draws = random_nodes(model)
-        self.train_norms = train_mode_norms(model)
-        shapes = providers.shape_nodes(model.graph)
-        del model  # the weights are not held twice while the session reads them
-        self._session = _session(path, provider)
+        file = read_onnx(path)
+        self.recorded = recorded_names(file, "dropsurgery.outputs")
+        self.draws = random_nodes(file.model)
+        self.train_norms = train_mode_norms(file.model)
+        shapes, real = providers.shape_nodes(file.model.graph), file.real
+        del file  # the weights are not held twice while the session reads them
+        self._session = _session(real, provider)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.placement = providers.confirm_session(provider, self._session, shapes)
@@ -106,7 +105,7 @@ class OnnxRunner:
             path: the module's path.
             weights: names of constants that are the network's own.
         """
-        readers = constant_readers(read_model(self.path), path, weights)
+        readers = constant_readers(read_onnx(self.path).model, path, weights)
         return [f"{constant} read by {node}" for node, constant in readers]
 
     @property
@@ -122,32 +121,22 @@ class OnnxRunner:
         return {name: to_tensor(value) for name, value in zip(self.outputs, results, strict=True)}
 
 
-def read_model(path: Path) -> Any:
-    """Return the `onnx.ModelProto` of a file, without external data."""
-    import onnx
-
+def recorded_names(file: OnnxFile, key: str) -> list[str] | None:
+    """Return names that an export wrote into the file, or None for a file of other origin."""
+    text = file.metadata.get(key)
+    if text is None:
+        return None
     try:
-        missing = "" if path.is_file() else "this is no file"
-        missing = missing if path.exists() else "there is no such file"
-    except OSError as error:  # a name that no file can have
-        missing = f"the file cannot be read: {error.strerror or error}"
-    if missing:
-        raise VerifyError(missing, where=str(path), fix="check the path")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has error classes of its own
-        raise _not_onnx(path, error) from error
-    if not model.graph.node and not model.graph.output:
-        raise _not_onnx(path, None)
-    return model
-
-
-def _not_onnx(path: Path, error: Exception | None) -> VerifyError:
-    return VerifyError(
-        "the file is not a complete ONNX model" + (f": {first_line(error)}" if error else ""),
-        where=f"{path} ({path.stat().st_size} bytes)",
-        fix="export it again; a download may have been cut short",
-    )
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OnnxFileError(
+            f"the metadata are damaged: {key} is {text[:80]!r}",
+            where=str(file.path),
+            fix="export it again",
+        )
+    return names
 
 
 def _session(path: Path, provider: str) -> Any:
@@ -162,8 +151,7 @@ def _session(path: Path, provider: str) -> Any:
         raise VerifyError(
             f"onnxruntime cannot load the file: {first_line(error)}",
             where=str(path),
-            fix="check that it is complete, that its .data file is beside it, and that its "
-            "operators and dtypes exist on this provider",
+            fix="check that its operators and dtypes exist on this provider",
         ) from error
     return session
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from dropsurgery.errors import VerifyError
 from dropsurgery.graph.signature import argument_list, signature
 from dropsurgery.verify.cases import BATCH, Spec
+from dropsurgery.verify.onnx_reference import OnnxModule
 
 # Usual sizes of images and lengths of sequences, in the order in which they are tried.
 SIZES = {1: (16, 64, 256), 2: (64, 224, 32, 28, 299, 384), 3: (16, 32, 112)}
@@ -21,7 +22,9 @@ LENGTH = 16
 
 
 def recorded_specs(module: nn.Module) -> list[Spec] | None:
-    """Return the inputs that a traced GraphModule was shown, if it was shown any."""
+    """Return the inputs that a traced GraphModule was shown, or that an ONNX file declares."""
+    if isinstance(module, OnnxModule):
+        return module.specs
     if not isinstance(module, fx.GraphModule):
         return None
     specs: list[Spec] = []
