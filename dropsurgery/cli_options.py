@@ -249,18 +249,3 @@ def read_key(path: Path | None) -> bytes | None:
         raise ArgumentError(
             f"the key cannot be read: {error.strerror or error}", where=str(path)
         ) from error
-
-
-def read_inputs(path: Path) -> tuple[torch.Tensor, ...]:
-    """Read the arrays of an .npy or .npz file, without running anything pickled in it."""
-    import numpy
-
-    try:
-        with open(path, "rb") as file:
-            read = numpy.load(file, allow_pickle=False)
-            arrays = [read] if isinstance(read, numpy.ndarray) else [read[key] for key in read]
-        return tuple(torch.from_numpy(array) for array in arrays)
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ArgumentError(
-            f"the inputs cannot be read: {error}", where=str(path), fix="an .npy or .npz file"
-        ) from error

@@ -466,10 +466,38 @@ def test_verify_on_inputs_of_the_user(run: Cli) -> None:
     np.savez("x.npz", x=x)
     for name in ("x.npy", "x.npz"):
         assert run("verify", "net.py:Net", "net.onnx", "--input-file", name).code == 0
+    Path("folder").mkdir()
+    np.save("folder/one.npy", x)
+    done = run("verify", "net.py:Net", "net.onnx", "--input-file", "folder", "--figures")
+    assert done.code == 0
+    assert "yours one.npy" in done.out
+    assert "SQNR dB" in done.out
     np.save("wrong.npy", x[:, :2])
     wrong = run("verify", "net.py:Net", "net.onnx", "--input-file", "wrong.npy")
     assert wrong.code == 2
     assert "Traceback" not in wrong.err
+
+
+def test_verify_says_what_it_could_not_do(run: Cli) -> None:
+    import onnxruntime
+
+    assert run("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8").code == 0
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        missing = run("verify", "net.py:Net", "net.onnx", "--provider", "cuda")
+        assert missing.code == 2
+        assert "this onnxruntime has no CUDAExecutionProvider" in missing.err
+    # Nothing draws: the moments are those of single runs, and must be the same but for rounding.
+    done = run("verify", "net.py:Net", "net.onnx", "--stochastic", "--seeds", "1")
+    assert done.code == 0, done.err
+    assert "standard errors" in done.out
+    model = onnx.load("net.onnx")
+    noise = onnx.helper.make_node("RandomNormalLike", ["x"], ["noise"], name="here")
+    model.graph.node.append(noise)
+    onnx.save(model, "net.onnx")
+    refused = run("verify", "net.py:Net", "net.onnx")
+    assert refused.code == 2
+    assert "the file draws random numbers, in 1 node" in refused.err
+    assert "here (RandomNormalLike)" in refused.err
 
 
 def test_hub_models_know_their_input(run: Cli) -> None:

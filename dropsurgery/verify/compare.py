@@ -15,6 +15,7 @@ from dropsurgery.verify.candidate import Candidate
 from dropsurgery.verify.cases import Case
 from dropsurgery.verify.comparison import Comparison, Progress
 from dropsurgery.verify.gate import Gate
+from dropsurgery.verify.given import check_path
 from dropsurgery.verify.onnx_reference import OnnxModule
 from dropsurgery.verify.plan import Plan
 from dropsurgery.verify.run import ModuleRunner
@@ -98,6 +99,7 @@ def verify(
             "surgered= is about float64 runs, which random networks have none of",
             fix="compare the two steps one by one",
         )
+    check_path(inputs)
     comparison = Comparison(reference, candidate, surgered, provider, gate or Gate(), progress)
     plan = Plan(comparison.model, comparison.reference, comparison.other)
     if stochastic:

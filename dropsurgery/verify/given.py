@@ -53,6 +53,20 @@ def given_cases(inputs: Any, names: Collection[str] = ()) -> Iterator[Case]:
         raise ArgumentTypeError("inputs holds no tensor", fix="pass a tensor, or leave it out")
 
 
+def check_path(inputs: Any) -> None:
+    """Refuse a path that does not exist, before the long part rather than after it.
+
+    Raises:
+        ArgumentError: there is nothing there.
+    """
+    if isinstance(inputs, str | os.PathLike) and not os.path.exists(inputs):
+        raise ArgumentError(
+            "the inputs cannot be read: there is no such file or folder",
+            where=os.fspath(inputs),
+            fix="an .npy or .npz file, or a folder of them",
+        )
+
+
 def _call(value: Any) -> tuple[Any, ...] | Mapping[str, Any] | None:
     """Return the arguments of one call, or None where a value is none."""
     if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
