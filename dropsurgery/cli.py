@@ -44,6 +44,7 @@ from dropsurgery.cli_options import (
     insertion,
     load_network,
     read_key,
+    reference_of,
     survival_rule,
 )
 from dropsurgery.cli_output import (
@@ -61,10 +62,9 @@ from dropsurgery.cli_output import (
     width,
     working,
 )
-from dropsurgery.errors import ArgumentError, DropsurgeryError
+from dropsurgery.errors import DropsurgeryError
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
-from dropsurgery.verify.location import Location
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -347,7 +347,7 @@ def verify(
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
 
-    Where they differ, it says at which module.
+    Where the file differs from the network, the first module that does is told.
 
     verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
     those of the verdict that export, or verify --record, wrote into the file.
@@ -359,55 +359,34 @@ def verify(
     key = read_key(key_file)
     cli_report.checked(report)
     if file is None:
-        return _verify_record(model, key, report, as_json)
+        return cli_report.of_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
-        loaded = load_network(model, weights, model_arg, surgery)
+        loaded = reference_of(model, weights, model_arg, surgery)
         options: dict[str, Any] = {
             "provider": provider,
             "seeds": range(seeds),
             "progress": tell,
         }
-        verdict = ds.verify(loaded.module, file, input_file, stochastic=stochastic, **options)
-        sought = not verdict.ok and not stochastic
-        place = _place(loaded.module, file, input_file, options) if sought else None
+        reference = cli_report.compared(loaded)
+        verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
+        place = None
+        if not verdict.ok and not stochastic and isinstance(reference, nn.Module):
+            place = cli_report.place_of(reference, file, input_file, **options)
         if record:
-            ds.record(file, loaded.module, verdict, key=key)
+            ds.record(file, reference, verdict, key=key)
         if report is not None:
-            cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
+            story = cli_report.of_verify(loaded, file, input_file, verdict, place)
+            cli_report.save(report, story)
     if as_json:
-        told = place.to_json() if isinstance(place, Location) else place
+        told = place.to_json() if place is not None else None
         return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
     echo(verdict.table(width(), figures=figures))
     if place is not None:
-        echo(f"\n{place.table(width()) if isinstance(place, Location) else place}")
+        echo(f"\n{place.table(width())}")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)
     return verdict_code(verdict)
-
-
-def _place(module: nn.Module, file: Path, inputs: Any, options: dict[str, Any]) -> Location | str:
-    """Return where a file differs, or why that cannot be said: the verdict stands either way."""
-    try:
-        return ds.locate(module, file, inputs, **options)
-    except DropsurgeryError as error:
-        return f"the place was not found: {error}"
-
-
-def _verify_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
-    if not path.endswith(".onnx"):
-        raise ArgumentError(
-            f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
-        )
-    check = ds.check_record(path, key=key)
-    code = DONE if check.equivalent else DIFFERENT
-    if report is not None:
-        cli_report.save(report, cli_report.of_file(Path(path), "verify", check))
-    if as_json:
-        return print_json(check.to_json(), code)
-    echo(check.text(width()))
-    tell_report(report)
-    return code
 
 
 app.command()(cli_report.report)

@@ -76,11 +76,14 @@ class MarkedGraph:
     """
 
     def __init__(self, path: Path, provider: str) -> None:
-        import onnx
+        from onnx.external_data_helper import load_external_data_for_model
 
+        file = read_onnx(path)
         self.path = path
         self.provider = provider
-        self.model = onnx.load(str(read_onnx(path).real))
+        self.model = file.model
+        if file.sidecars:
+            load_external_data_for_model(self.model, str(file.real.parent))
         graph = self.model.graph
         del graph.value_info[:]  # sizes that a cut may change
         constants = {tensor.name for tensor in graph.initializer}
