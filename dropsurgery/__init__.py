@@ -76,7 +76,7 @@ from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.variance_shift import find_variance_shift
-from dropsurgery.verify import verify
+from dropsurgery.verify import locate, verify
 
 # After `verify`, so that the name is the function and not the package it lives in.
 from dropsurgery import testing  # isort: skip
@@ -115,6 +115,7 @@ __all__ = [
     "hash_weights",
     "layers",
     "load",
+    "locate",
     "mc_predict",
     "ramps",
     "recalibrate_batchnorm",

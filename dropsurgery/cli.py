@@ -335,6 +335,8 @@ def verify(
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
 
+    Where it differs, say at which module.
+
     verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
     those of the verdict that export, or verify --record, wrote into the file.
 
@@ -357,13 +359,26 @@ def verify(
             stochastic=stochastic,
             progress=tell,
         )
+        place = None
+        if not verdict.ok and not stochastic:
+            place = ds.locate(
+                loaded.module,
+                file,
+                input_file,
+                provider=provider,
+                seeds=range(seeds),
+                progress=tell,
+            )
         if record:
             ds.record(file, loaded.module, verdict, key=key)
         if report is not None:
             cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
     if as_json:
-        return print_json(verdict.to_json(), verdict_code(verdict))
+        told = None if place is None else place.to_json()
+        return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
     echo(verdict.table(width(), figures=figures))
+    if place is not None:
+        echo(f"\n{place.table(width())}")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dropsurgery.verify.compare import verify
 from dropsurgery.verify.gate import Gate
+from dropsurgery.verify.locate import locate
+from dropsurgery.verify.location import Location
 from dropsurgery.verify.verdict import OutputVerdict, Verdict
 
-__all__ = ["Gate", "OutputVerdict", "Verdict", "verify"]
+__all__ = ["Gate", "Location", "OutputVerdict", "Verdict", "locate", "verify"]

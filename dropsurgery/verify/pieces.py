@@ -1,0 +1,272 @@
+"""The values of a file and of a network on one input, and the error of each piece between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dropsurgery.verify.cases import Case
+from dropsurgery.verify.gate import Gate, Tally, errors
+from dropsurgery.verify.location import Location, Step
+from dropsurgery.verify.marked import MarkedGraph, Node, RunError
+from dropsurgery.verify.onnx_file import feeds_for
+from dropsurgery.verify.pairing import Pairing, expected_pairs
+from dropsurgery.verify.recording import Recording, Ref, Replay
+
+# One operation may be exact in torch, by luck or because it only moves data, and a few units of
+# rounding off in another runtime, whose exponentials are polynomials of its own and whose norms may
+# lose digits where a mean is large.
+LOCAL_GATE = Gate(rmse=12.0, maximum=24.0, typical=24.0, mean=24.0, floor=8.0)
+# Next to zero, a norm divides what is left after a subtraction of what is nearly alike.
+_FAINT = 8.0
+_FAR = 100.0  # times the limit: no rounding, and no small defect
+
+# Operations that move data and compute nothing, of ONNX and of torch.
+_VIEWS = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
+_VIEWS |= {"Transpose", "Unsqueeze"}
+_MOVES = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "clone", "squeeze"}
+_MOVES |= {"unsqueeze"}
+
+
+@dataclass
+class KnownPairs:
+    """Pairs that another input showed, which holds where the network runs the same operations.
+
+    Attributes:
+        operations: names of the reference's operations on that input.
+        pairs: tensors of the reference by names of values.
+    """
+
+    operations: list[str] = field(default_factory=list)
+    pairs: dict[str, Ref] = field(default_factory=dict)
+
+
+class Pieces:
+    """One input's values on both sides.
+
+    Args:
+        recording: the reference's run.
+        graph: the candidate.
+        case: the input.
+        known: pairs of an earlier input, which are taken over; filled by the first one.
+
+    Attributes:
+        pairs: the tensors of the reference by names of the candidate's values.
+        values: the candidate's values as it computed them from the input.
+        local: its paired values as it computed them from torch's own.
+        failure: what onnxruntime said where the graph does not run, and the node it blames.
+    """
+
+    def __init__(
+        self, recording: Recording, graph: MarkedGraph, case: Case, known: KnownPairs
+    ) -> None:
+        self.recording = recording
+        self.graph = graph
+        self.case = case
+        tensors = {name: recording.native(ref) for name, ref in recording.inputs.items()}
+        self.feeds = feeds_for(graph.inputs, tensors)
+        self.failure: RunError | None = None
+        self.makers = {name: node for node in graph.nodes for name in node.outputs}
+        self.values = self._run()
+        pairs = self._paired(known)
+        self._errors = {name: self._error(name, ref) for name, ref in pairs.items()}
+        self.pairs = pairs if self.failure else self._without_detours(pairs)
+        self.local = self._run_fed()
+
+    def _paired(self, known: KnownPairs) -> dict[str, Ref]:
+        operations = [event.name for event in self.recording.events]
+        if operations == known.operations and known.pairs.keys() <= self.values.keys():
+            return known.pairs
+        by_name = feeds_for(self.graph.inputs, self.recording.inputs)
+        expected = expected_pairs(self.graph.nodes, self.graph.outputs, self.recording)
+        found = Pairing(self.recording, expected).pair(self.graph.nodes, self.values, by_name)
+        pairs = {name: self.recording.origin(ref) for name, ref in found.items()}
+        if not known.pairs:
+            known.operations, known.pairs = operations, pairs
+        return pairs
+
+    def _run(self) -> dict[str, Tensor]:
+        try:
+            return self.graph.run(self.feeds)
+        except RunError as error:
+            self.failure = error
+        try:
+            return self.graph.run_before(self.failure.node or "", self.feeds)
+        except RunError:
+            return {}
+
+    def _run_fed(self) -> dict[str, Tensor]:
+        cuts = {}
+        for name, ref in self.pairs.items():
+            value, native = self.values[name], self.recording.native(ref)
+            native = native.to(value.dtype)
+            cuts[name] = native.reshape(value.shape) if value.numel() == native.numel() else native
+        try:
+            return self.graph.run_fed(self.feeds, cuts)
+        except RunError:
+            return {}  # what stands behind the defect cannot take torch's shapes
+
+    def _without_detours(self, pairs: dict[str, Ref]) -> dict[str, Ref]:
+        """Take out pairs that are far from alike though all that is computed from them is right.
+
+        The value was told by its place in a module, and is another one there: an exporter moved a
+        transposition out of the module, say. A real error does not vanish in one step.
+        """
+        behind: dict[str, float] = {}
+        dropped = set()
+        for node in reversed(self.graph.nodes):
+            worst = 0.0
+            for name in node.outputs:
+                after = behind.get(name)
+                error = self._errors[name][2] if name in pairs else None
+                if error is not None and after is not None and error > _FAR and after <= 1:
+                    dropped.add(name)
+                    error = None
+                worst = max(worst, (after or 0.0) if error is None else error)
+            for name in node.inputs:
+                behind[name] = max(behind.get(name, 0.0), worst)
+        return {name: ref for name, ref in pairs.items() if name not in dropped}
+
+    def _error(self, name: str, ref: Ref) -> tuple[float, float, float]:
+        """Return a value's accumulated error, torch's own, and their ratio over its limit."""
+        value = self.values[name]
+        native, wide = self.recording.native(ref), self.recording.wide(ref)
+        if value.numel() != native.numel():
+            return float("inf"), 0.0, float("inf")
+        tally = Tally(native.dtype)
+        tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
+        return self._weigh(tally)[:3]
+
+    def steps(self) -> Iterator[Step]:
+        """Yield one step for each pair, in order of execution."""
+        cut = set(self.pairs.values())
+
+        def known(ref: Ref) -> Tensor | None:
+            return self.recording.native(ref) if self.recording.origin(ref) in cut else None
+
+        for name, ref in self.pairs.items():
+            event = self.recording.events[ref.event]
+            error, own, _ = self._errors[name]
+            replay = self.recording.replay(ref, known, wide=True)
+            local, local_own, ratio, reason = self._local(name, ref, replay)
+            node, path = self._blamed(name, ref, replay)
+            yield Step(
+                module=path,
+                node=node.name,
+                op=node.op,
+                value=name,
+                torch=f"{event.path or 'the root'}: {event.name}",
+                shape=tuple(self.recording.native(ref).shape),
+                local=local,
+                local_own=local_own,
+                ratio=ratio,
+                accumulated=error,
+                accumulated_own=own,
+                reason=reason,
+            )
+
+    def _local(self, name: str, ref: Ref, replay: Replay) -> tuple[float, float, float, str]:
+        native = self.recording.native(ref)
+        value = self.local.get(name, self.values[name])
+        if value.numel() != native.numel():
+            reason = f"shape {tuple(value.shape)} instead of {tuple(native.shape)}"
+            return float("inf"), 0.0, float("inf"), reason
+        # Where a tensor on the way was written to in place, nothing tells what it was made of.
+        wide = self.recording.wide(ref) if replay.opaque else replay.values[ref]
+        tally = Tally(native.dtype)
+        tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
+        return self._weigh(tally)
+
+    def piece(self, name: str) -> list[Node]:
+        """Return the nodes that compute a value from other paired values, in order."""
+        wanted, found = {name}, []
+        for node in reversed(self.graph.nodes):
+            if wanted.intersection(node.outputs):
+                found.append(node)
+                wanted.update(other for other in node.inputs if other not in self.pairs)
+        return found[::-1]
+
+    def _blamed(self, name: str, ref: Ref, replay: Replay) -> tuple[Node, str]:
+        """Return the node of a piece that a wrong result is put down to, and its module."""
+        nodes = self.piece(name)
+        computing = [node for node in nodes if node.op not in _VIEWS] or nodes[-1:]
+        node = computing[-1]
+        if node.path is not None:
+            return node, node.path
+        if len(computing) == 1:
+            return node, self.recording.events[ref.event].path
+        # Nothing behind the defect has a partner: the piece goes on to the end of the network, and
+        # what is wrong stands at its beginning.
+        first = min(replay.events, default=ref.event, key=lambda event: (self._moves(event), event))
+        return nodes[0], self.recording.events[first].path
+
+    def _moves(self, event: int) -> bool:
+        """Say whether an operation of the reference only moves data."""
+        return self.recording.events[event].name in _MOVES
+
+    def location(self) -> Location:
+        """Weigh all steps and find the first that is wrong."""
+        steps = tuple(self.steps())
+        first = next((step for step in steps if not step.ok), None)
+        reason, notes = "", []
+        if first is not None:
+            reason = first.reason
+        else:
+            first, reason = self._beyond_numbers()
+        if self.failure is not None:
+            notes.append(f"the graph does not run: {self.failure}")
+        if not self.graph.named:
+            notes.append("the file does not tell the modules of its nodes: paired by value")
+        return Location(
+            found=first is not None,
+            module=first.module if first else "",
+            step=first,
+            reason=reason,
+            case=self.case.label,
+            steps=steps,
+            notes=tuple(notes),
+        )
+
+    def _beyond_numbers(self) -> tuple[Step | None, str]:
+        """Return what is wrong with a graph whose paired values are all right."""
+        if self.failure is not None:
+            blamed = [node for node in self.graph.nodes if node.name == self.failure.node]
+            node = (blamed or self.graph.nodes)[0]
+            return self._bare(node), f"does not run: {self.failure}"
+        names = list(self.recording.outputs)
+        for name, ref in zip(self.graph.outputs, self.recording.outputs.values(), strict=False):
+            if name not in self.values:
+                continue
+            native, value, node = self.recording.native(ref), self.values[name], self.makers[name]
+            if (value.dtype, value.shape) != (native.dtype, native.shape):
+                return self._bare(node), (
+                    f"output '{name}' is {value.dtype} {tuple(value.shape)} instead of "
+                    f"{native.dtype} {tuple(native.shape)}"
+                )
+            if not native.is_floating_point() and not value.equal(native):
+                return self._bare(node), f"output '{name}' holds other values"
+        if sorted(names) == sorted(self.graph.outputs) and names != self.graph.outputs:
+            node = self.makers[self.graph.outputs[0]]
+            return self._bare(node), f"the outputs are {self.graph.outputs} instead of {names}"
+        return None, ""
+
+    def _bare(self, node: Node) -> Step:
+        shape = tuple(self.values[node.outputs[0]].shape) if node.outputs[0] in self.values else ()
+        return Step(node.path or "", node.name, node.op, node.outputs[0], "", shape)
+
+    def _weigh(self, tally: Tally) -> tuple[float, float, float, str]:
+        """Return (error, torch's own, the worst ratio over its limit, what is wrong)."""
+        if tally.problem.startswith("the reference itself returns NaN"):
+            return 0.0, 0.0, 0.0, ""
+        if tally.problem:
+            return float("inf"), 0.0, float("inf"), tally.problem
+        found = errors(tally, LOCAL_GATE)
+        if found is None:
+            return 0.0, 0.0, 0.0, ""
+        worst = max(found.ratios, key=lambda ratio: ratio.value / ratio.limit)
+        limit = worst.limit * (_FAINT if self.case.faint else 1.0)
+        ratio = worst.value / limit
+        reason = f"{worst.kind} ratio {worst.value:.3g} > {limit:.2g}" if ratio > 1 else ""
+        return found.candidate, found.reference, ratio, reason
