@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -335,7 +335,7 @@ def verify(
 ) -> int:
     """Compare an ONNX file with the network it should equal, or with its record.
 
-    Where it differs, say at which module.
+    Where the file differs from the network, the first module that does is told.
 
     verify FILE.onnx alone runs nothing: it says whether graph, weights and external data are still
     those of the verdict that export, or verify --record, wrote into the file.
@@ -350,31 +350,21 @@ def verify(
         return _verify_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
         loaded = load_network(model, weights, model_arg, surgery)
-        verdict = ds.verify(
-            loaded.module,
-            file,
-            input_file,
-            provider=provider,
-            seeds=range(seeds),
-            stochastic=stochastic,
-            progress=tell,
-        )
+        options: dict[str, Any] = {
+            "provider": provider,
+            "seeds": range(seeds),
+            "progress": tell,
+        }
+        verdict = ds.verify(loaded.module, file, input_file, stochastic=stochastic, **options)
         place = None
         if not verdict.ok and not stochastic:
-            place = ds.locate(
-                loaded.module,
-                file,
-                input_file,
-                provider=provider,
-                seeds=range(seeds),
-                progress=tell,
-            )
+            place = ds.locate(loaded.module, file, input_file, **options)
         if record:
             ds.record(file, loaded.module, verdict, key=key)
         if report is not None:
             cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
     if as_json:
-        told = None if place is None else place.to_json()
+        told = place.to_json() if place is not None else None
         return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
     echo(verdict.table(width(), figures=figures))
     if place is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from dropsurgery.verify.location import Location
 from dropsurgery.verify.marked import MarkedGraph
 from dropsurgery.verify.pieces import KnownPairs, Pieces
 from dropsurgery.verify.recording import record
+
+# More inputs, as a folder may hold, are not looked at.
+_MOST_CASES = 32
 
 
 def locate(
@@ -65,19 +69,18 @@ def locate(
     with tempfile.TemporaryDirectory() as folder:
         # The file itself may not load.
         stand_in = graph.save_inputs(Path(folder))
-        cases = list(
-            comparison_cases(
-                reference, stand_in, inputs, provider=provider, seeds=seeds, batch_sizes=batch_sizes
-            )
+        found = comparison_cases(
+            reference, stand_in, inputs, provider=provider, seeds=seeds, batch_sizes=batch_sizes
         )
+        cases = list(itertools.islice(found, _MOST_CASES))
     location = None
     for case in sorted(cases, key=_order):
         if progress is not None:
             progress(f"looking for the place: {case.label}")
-        found = _examine(reference, graph, case, known)
-        if found is not None and (location is None or found.found):
-            location = found
-        if found is not None and found.found:
+        here = _examine(reference, graph, case, known)
+        if here is not None and (location is None or here.found):
+            location = here
+        if here is not None and here.found:
             break
     assert location is not None
     return location

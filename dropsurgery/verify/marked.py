@@ -72,16 +72,18 @@ class MarkedGraph:
         inputs, outputs: names of the graph's inputs and outputs.
 
     Raises:
-        VerifyError: there is no such file, or it is no ONNX model.
+        OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
-        import onnx
+        from onnx.external_data_helper import load_external_data_for_model
 
-        read_onnx(path)
+        file = read_onnx(path)
         self.path = path
         self.provider = provider
-        self.model = onnx.load(str(path))
+        self.model = file.model
+        if file.sidecars:
+            load_external_data_for_model(self.model, str(file.real.parent))
         graph = self.model.graph
         del graph.value_info[:]  # sizes that a cut may change
         constants = {tensor.name for tensor in graph.initializer}

@@ -370,10 +370,12 @@ def _decomposed(recurrent: bool) -> Iterator[None]:
     """Keep whole layers from running as one operation, which would hide what is inside."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # The fused kernel of recurrent layers has no float64 form. The public switch, flags(), warns of
+    # TF32 on Intel's GPUs where there are none.
+    fused = torch._C._get_mkldnn_enabled()
     try:
-        # The fused kernel of recurrent layers has no float64 form.
-        off = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-        with off:
-            yield
+        torch._C._set_mkldnn_enabled(fused and not recurrent)
+        yield
     finally:
+        torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fast)
