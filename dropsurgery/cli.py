@@ -42,6 +42,7 @@ from dropsurgery.cli_options import (
     insertion,
     load_network,
     read_key,
+    reference_of,
     survival_rule,
 )
 from dropsurgery.cli_output import (
@@ -349,7 +350,7 @@ def verify(
     if file is None:
         return _verify_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
-        loaded = load_network(model, weights, model_arg, surgery)
+        loaded = reference_of(model, weights, model_arg, surgery)
         options: dict[str, Any] = {
             "provider": provider,
             "seeds": range(seeds),

@@ -17,6 +17,7 @@ from dropsurgery.layers.drop_path import Mode
 from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.drop_path import InsertDropPath, Unit
 from dropsurgery.store import load
+from dropsurgery.verify.onnx_reference import OnnxModule
 
 Model = Annotated[
     str,
@@ -144,6 +145,20 @@ def load_network(
     if surgery is None:
         return loaded
     return LoadedModel(name, load(surgery, loaded.module).eval(), loaded.input_shape)
+
+
+def reference_of(
+    name: str, weights: str | None, model_args: list[str] | None, surgery: Path | None
+) -> LoadedModel:
+    """Load the model that the options describe, or an ONNX file that is to stand for it."""
+    if not name.endswith(".onnx"):
+        return load_network(name, weights, model_args, surgery)
+    if weights or model_args or surgery:
+        raise ArgumentError(
+            f"{name} is an ONNX file, which holds its own weights",
+            fix="leave --weights, --model-arg and --surgery out",
+        )
+    return LoadedModel(name, OnnxModule(name), None)
 
 
 def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -12,21 +12,30 @@ from dropsurgery.verify import Gate, Verdict, verify
 
 
 def assert_equivalent(
-    reference: nn.Module,
+    reference: nn.Module | str | os.PathLike[str],
     candidate: str | os.PathLike[str] | nn.Module,
     inputs: Any = None,
     *,
+    surgered: nn.Module | None = None,
     provider: str = "cpu",
     seeds: Sequence[int] = (0, 1, 2),
     batch_sizes: Sequence[int] = (1, 3),
     gate: Gate | None = None,
+    stochastic: bool = False,
+    runs: int = 256,
 ) -> None:
     """Assert that a candidate computes what a network computes in eval mode.
 
+    Both may be a module or the path of an ONNX file, in any combination. The yardstick is the
+    reference's own rounding: its error against a float64 run of itself. A module computes that run
+    in torch, an ONNX file in onnx's reference evaluator (see `verify.onnx_reference`).
+
     Args:
-        reference: the original network; it is not changed, whatever mode it is in.
+        reference: the original network, or its ONNX file; neither is changed, whatever mode a
+            network is in.
         candidate: another module, or the path of an ONNX file.
-        inputs, provider, seeds, batch_sizes, gate: as in `dropsurgery.verify`.
+        inputs, surgered, provider, seeds, batch_sizes, gate, stochastic, runs: as in
+            `dropsurgery.verify`.
 
     Raises:
         AssertionError: it does not. The message holds the table of `verify`, the outputs that
@@ -38,10 +47,13 @@ def assert_equivalent(
         reference,
         candidate,
         inputs,
+        surgered=surgered,
         provider=provider,
         seeds=seeds,
         batch_sizes=batch_sizes,
         gate=gate,
+        stochastic=stochastic,
+        runs=runs,
     )
     if not verdict.ok:
         raise AssertionError(f"{verdict}\n{_advice(verdict)}")

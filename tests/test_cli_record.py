@@ -83,3 +83,17 @@ def test_json_of_a_recorded_verdict_is_json(run: Cli) -> None:
     exported(run)
     document = run("verify", "net.onnx", "--json").document
     assert json.dumps(document["record"]["verdict"]["outputs"])
+
+
+def test_a_file_against_a_file(run: Cli) -> None:
+    exported(run)
+    assert run("export", "net.py:Net", "-o", "fat.onnx", "--input", "3x8x8", "--no-slim").code == 0
+    done = run("verify", "fat.onnx", "net.onnx", "--record", "--report", "files.html")
+    assert done.code == 0
+    assert "net.onnx against fat.onnx on CPU" in done.out
+    assert "net.onnx against fat.onnx" in Path("files.html").read_text()
+    told = run("verify", "net.onnx", "--json").document["record"]["reference"]
+    assert told["name"] == "fat.onnx"
+    refused = run("verify", "fat.onnx", "net.onnx", "--model-arg", "depth=1")
+    assert (refused.code, refused.out) == (2, "")
+    assert "holds its own weights" in refused.err

@@ -62,6 +62,13 @@ def test_check_equivalence_in_pytest() -> None:
     assert "3 passed" in done.stdout
 
 
+def test_test_release() -> None:
+    path = EXAMPLES / "test_release.py"
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(path))
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
+
+
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {name.removeprefix("test_") for name in globals() if name[5:] in names}

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from inspect import Parameter
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def _identifiers(names: list[str]) -> Iterator[str]:
     """Yield names that Python's arguments may have, each once."""
     taken: set[str] = set()
     for name in names:
-        clean = re.sub(r"\W|^(?=\d)", "_", name) or "_"
+        clean = re.sub(r"\W|^(?=\d)", "_", name)
+        if iskeyword(clean) or not clean.isidentifier():
+            clean = "input"
         while clean in taken:
             clean += "_"
         taken.add(clean)
