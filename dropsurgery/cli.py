@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
+from torch import nn
 
 import dropsurgery as ds
 from dropsurgery import cli_report, inspection, skeleton
@@ -60,7 +61,7 @@ from dropsurgery.cli_output import (
     width,
     working,
 )
-from dropsurgery.errors import ArgumentError, DropsurgeryError
+from dropsurgery.errors import DropsurgeryError
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
 
@@ -348,7 +349,7 @@ def verify(
     key = read_key(key_file)
     cli_report.checked(report)
     if file is None:
-        return _verify_record(model, key, report, as_json)
+        return cli_report.of_record(model, key, report, as_json)
     with working(f"verifying {file}") as tell:
         loaded = reference_of(model, weights, model_arg, surgery)
         options: dict[str, Any] = {
@@ -356,14 +357,16 @@ def verify(
             "seeds": range(seeds),
             "progress": tell,
         }
-        verdict = ds.verify(loaded.module, file, input_file, stochastic=stochastic, **options)
+        reference = cli_report.compared(loaded)
+        verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
         place = None
-        if not verdict.ok and not stochastic:
-            place = ds.locate(loaded.module, file, input_file, **options)
+        if not verdict.ok and not stochastic and isinstance(reference, nn.Module):
+            place = ds.locate(reference, file, input_file, **options)
         if record:
-            ds.record(file, loaded.module, verdict, key=key)
+            ds.record(file, reference, verdict, key=key)
         if report is not None:
-            cli_report.save(report, cli_report.of_verify(loaded, file, input_file, verdict))
+            story = cli_report.of_verify(loaded, file, input_file, verdict, place)
+            cli_report.save(report, story)
     if as_json:
         told = place.to_json() if place is not None else None
         return print_json({**verdict.to_json(), "place": told}, verdict_code(verdict))
@@ -374,22 +377,6 @@ def verify(
         echo(f"recorded in {file}")
     tell_report(report)
     return verdict_code(verdict)
-
-
-def _verify_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
-    if not path.endswith(".onnx"):
-        raise ArgumentError(
-            f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
-        )
-    check = ds.check_record(path, key=key)
-    code = DONE if check.equivalent else DIFFERENT
-    if report is not None:
-        cli_report.save(report, cli_report.of_file(Path(path), "verify", check))
-    if as_json:
-        return print_json(check.to_json(), code)
-    echo(check.text(width()))
-    tell_report(report)
-    return code
 
 
 app.command()(cli_report.report)

@@ -27,9 +27,9 @@ from dropsurgery.cli_options import (
     load_network,
     survival_rule,
 )
-from dropsurgery.cli_output import DIFFERENT, DONE, tell_report, working
+from dropsurgery.cli_output import DIFFERENT, DONE, echo, print_json, tell_report, width, working
 from dropsurgery.compute import Compute
-from dropsurgery.errors import ArgumentError, OnnxFileError
+from dropsurgery.errors import ArgumentError, OnnxFileError, VerifyError
 from dropsurgery.models import LoadedModel
 from dropsurgery.onnx_reader import read_onnx
 from dropsurgery.page import GraphCount, Story
@@ -45,6 +45,8 @@ from dropsurgery.provenance import RecordCheck
 from dropsurgery.surgery import SLIM
 from dropsurgery.verify import Verdict
 from dropsurgery.verify.given import given_cases
+from dropsurgery.verify.location import Location
+from dropsurgery.verify.onnx_reference import OnnxModule
 
 BATCH = 32  # what dropping saves is counted for, where no batch size was given
 
@@ -106,6 +108,7 @@ def report(
             if file is not None:
                 tell(f"verifying {file}")
                 verdict = ds.verify(loaded.module, file, progress=tell)
+                story = _along_the_depth(story, loaded.module, file, None, None)
                 story = with_file(story, loaded.module, file, inputs)
                 story = dataclasses.replace(story, verdict=verdict)
     save(output, story)
@@ -252,21 +255,66 @@ def of_export(
     story = of_result(loaded.name, "export", loaded.module, result, ("network", "slim network"))
     survival = page.survival_along(ds.trace(loaded.module))
     story = dataclasses.replace(story, survival=survival, verdict=verdict)
+    if verdict is not None:
+        story = _along_the_depth(story, loaded.module, path, None, None)
     return with_file(story, loaded.module, path, inputs)
 
 
-def of_verify(loaded: LoadedModel, path: Path, input_file: Path | None, verdict: Verdict) -> Story:
+def compared(loaded: LoadedModel) -> nn.Module | str:
+    """Return what a file is compared with: a module, or the path of another file."""
+    return loaded.name if isinstance(loaded.module, OnnxModule) else loaded.module
+
+
+def of_verify(
+    loaded: LoadedModel,
+    path: Path,
+    input_file: Path | None,
+    verdict: Verdict,
+    place: Location | None,
+) -> Story:
     """Return what a comparison found, timed on the first of the caller's inputs."""
+    story = Story(loaded.name, "verify", verdict=verdict)
+    if isinstance(loaded.module, OnnxModule):
+        return with_file(story, loaded.module, path, None)
     graph = ds.trace(loaded.module)
-    story = Story(
-        loaded.name,
-        "verify",
-        verdict=verdict,
+    story = dataclasses.replace(
+        story,
         graphs=(GraphCount("network", page.node_types(graph)),),
         survival=page.survival_along(graph),
         sizes=(("weights of the network", weight_bytes(loaded.module)),),
     )
+    story = _along_the_depth(story, loaded.module, path, input_file, place)
     inputs = known_inputs(loaded, None)
     if input_file is not None:
-        inputs = next(given_cases(input_file)).args
+        inputs = next(given_cases(input_file)).args or None
     return with_file(story, loaded.module, path, inputs)
+
+
+def _along_the_depth(
+    story: Story, model: nn.Module, path: Path, inputs: Path | None, place: Location | None
+) -> Story:
+    """Return a story with the error of each value; one that cannot be had is left out."""
+    if place is None:
+        try:
+            place = ds.locate(model, path, inputs, seeds=(0,), batch_sizes=(1,))
+        except VerifyError:
+            return story
+    errors = tuple((step.module, step.local, step.accumulated) for step in place.steps)
+    return dataclasses.replace(story, errors=errors, place=place.conclusion)
+
+
+def of_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
+    """Check a file against its own record, and tell it; return the exit code."""
+    if not path.endswith(".onnx"):
+        raise ArgumentError(
+            f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
+        )
+    check = ds.check_record(path, key=key)
+    code = DONE if check.equivalent else DIFFERENT
+    if report is not None:
+        save(report, of_file(Path(path), "verify", check))
+    if as_json:
+        return print_json(check.to_json(), code)
+    echo(check.text(width()))
+    tell_report(report)
+    return code

@@ -65,6 +65,7 @@ class Story:
         compute: what dropping saves.
         verdict: of a comparison.
         errors: (module path, local error, accumulated error) from input to output, relative.
+        place: where the file and the network part, in words.
         latency: (what, median milliseconds of a call), in the order in which they were built.
         latency_note: what was called, on what.
         sizes: (what, bytes).
@@ -82,6 +83,7 @@ class Story:
     compute: Compute | None = None
     verdict: Verdict | None = None
     errors: tuple[tuple[str, float, float], ...] = ()
+    place: str = ""
     latency: tuple[tuple[str, float], ...] = ()
     latency_note: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
@@ -156,6 +158,7 @@ class Story:
                 {"module": path, "local": local, "accumulated": accumulated}
                 for path, local, accumulated in self.errors
             ],
+            "place": self.place,
             "latency_ms": dict(self.latency),
             "bytes": dict(self.sizes),
             "record": None if self.record is None else self.record.to_json(),
@@ -368,8 +371,9 @@ def _errors(story: Story, figures: bool) -> Section | Missing:
     return Section(
         "Error along the depth",
         "errors",
-        lead="Local: the module's own, fed what the network computes. Accumulated: with what the "
-        "modules before it passed on. Both are relative to the values compared.",
+        lead=(f"{story.place[:1].upper()}{story.place[1:]}. " if story.place else "")
+        + "Local: the module's own error, where it is fed what the network computes. Accumulated: "
+        "with what the modules before it passed on. Both are relative to the values compared.",
         tables=(Table("Error by module", columns, rows),),
         figures=(drawn,) if drawn is not None else (),
     )
