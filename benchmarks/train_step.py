@@ -13,6 +13,7 @@ the machine disturbs least.
     python -m benchmarks.train_step [--cases resnet110:64 ...] [--rounds 7]
     python -m benchmarks.train_step --memory      peak memory of a step, each in a fresh process
     python -m benchmarks.train_step --break-even  where "subset" begins to pay, stage by stage
+    python -m benchmarks.train_step --by-batch    what a sample costs in smaller batches
     python -m benchmarks.train_step --page        docs/train_step.md from what was measured
 
 Each case is written to docs/train_step.json when it is done.
@@ -55,12 +56,14 @@ FINAL = (0.5, 0.8)
 
 
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128, 32) for name in NETWORKS]
-# What tells glibc to keep freed memory.
+# What tells glibc to keep freed memory, and oneDNN to keep what it compiled for each shape: it does
+# for 1,024 of them, which one network with a subset stays below and ten of them do not.
 KEEPS = "MALLOC_TRIM_THRESHOLD_"
 KEEP_FREED = {
     KEEPS: "4000000000",
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
 }
 # So many steps share the plain ones before and after them.
 TOGETHER = 3
@@ -99,7 +102,8 @@ class Bench:
                 key = f"{mode} {final}"
                 net = retrofitted(name, final, mode)
                 self.steps[key] = Step(net, inputs)
-                self.computes[key] = ds.expected_compute(net, inputs[:1])
+                if mode != "row":  # which computes everything
+                    self.computes[key] = ds.expected_compute(net, inputs[:1])
                 if mode == "batch":
                     watch(self.steps[key])
         self.steps["DINOv2's subset 0.5"] = Step(dinov2(retrofitted(name, 0.5, "subset")), inputs)
@@ -337,6 +341,26 @@ def break_even(name: str, batch: int, rounds: int) -> dict[str, Any]:
     }
 
 
+# Smaller batches
+
+SIZES = (64, 56, 48, 40, 32, 16, 14, 12, 10, 8)
+
+
+def by_batch(name: str, rounds: int) -> dict[str, float]:
+    """Return the plain network's time a sample at each batch size, over that at 64 or at 16."""
+    module = NETWORKS[name][0]()
+    steps = {size: Step(module, inputs_of(name, size)) for size in SIZES}
+    times: dict[int, list[float]] = {size: [] for size in SIZES}
+    for turn in range(rounds + 1):
+        for size, step in steps.items():
+            seconds = step()
+            if turn:
+                times[size].append(seconds / size)
+    whole = {size: 64 if size >= 32 else 16 for size in SIZES}
+    middle = {size: statistics.median(own) for size, own in times.items()}
+    return {str(size): middle[size] / middle[whole[size]] for size in SIZES}
+
+
 # Results
 
 
@@ -358,6 +382,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--break-even", action="store_true")
+    parser.add_argument("--by-batch", action="store_true")
     parser.add_argument("--page", action="store_true", help="write docs/train_step.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -382,6 +407,9 @@ def main() -> None:
             found = break_even(name, int(batch), options.rounds)
             keep("break-even", case, found)
             print(case, json.dumps(found), flush=True)
+    elif options.by_batch:
+        for name in options.cases or ("resnet110", "resnet50"):
+            keep("by batch", name, by_batch(name, options.rounds))
     elif options.page:
         from benchmarks.train_page import write
 
