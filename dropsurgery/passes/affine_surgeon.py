@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,18 +78,26 @@ class Surgeon(WeightEditor):
             values = values.to(device=like.device, dtype=getattr(torch, step.dtype))
             values.requires_grad_(like.requires_grad)
             layer = ChannelScale(values) if step.how == "scale" else ChannelShift(values)
-            self.add(step.path, layer)
+            self.add(step.path, self.with_tail(node, layer, state.read.tail))
         with self.graph.inserting_before(node):
             new = self.graph.call_module(step.path, (self.data(node, state),))
         self.place(new, node)
-        tail = () if step.how == "norm" else state.read.tail
-        self.take_map_out(node, new, tail, dense=False)
+        self.take_map_out(node, new, (), dense=False)
 
     def data(self, node: fx.Node, state: MapState) -> fx.Node:
         """Return what a map reads now."""
         inputs = [*node.all_input_nodes]
         found = state.read.data if state.read.data in inputs else None
         return found if found is not None else next(n for n in inputs if n.op != "get_attr")
+
+    def with_tail(self, node: fx.Node, layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+        """Return a layer with what ran behind the map in one module, so that it stays one node."""
+        if not tail:
+            return layer
+        parts = {name: self.module.get_submodule(f"{node.target}.{name}") for name in tail}
+        whole = nn.Sequential(OrderedDict({"map": layer, **parts}))
+        whole.training = False
+        return whole
 
     def add(self, path: str, layer: nn.Module) -> None:
         """Put a new module at a path."""
