@@ -13,9 +13,9 @@ from dropsurgery.errors import PassError
 from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.dense import make_plain
-from dropsurgery.graph.ledger import Ledger, MapState, Move
+from dropsurgery.graph.ledger import LayerState, Ledger, MapState, Move
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
-from dropsurgery.passes.affine_plan import Rewrite, Write
+from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.weight_edit import WeightEditor
 
 
@@ -51,9 +51,23 @@ class Surgeon(WeightEditor):
         state = ledger.layers[step.nodes[0]]
         weight, bias = state.absorbed()
         self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
+        if step.border:
+            self.add_border(self.nodes[step.nodes[0]], state, step)
         for name in step.nodes:
             if step.copy_to:
                 self.retarget(self.nodes[name], step.copy_to)
+
+    def add_border(self, node: fx.Node, state: LayerState, step: Write) -> None:
+        """Add the map of a convolution's borders behind it."""
+        kept = state.carrier.weight
+        values = state.border_map(step.size).to(kept.dtype).requires_grad_(kept.requires_grad)
+        self.add(step.border, ChannelShift(values))
+        users = list(node.users)
+        with self.graph.inserting_after(node):
+            new = self.graph.call_module(step.border, (node,))
+        self.place(new, node)
+        for user in users:
+            user.replace_input_with(node, new)
 
     def rewrite(self, ledger: Ledger, step: Rewrite) -> None:
         """Put what is left of a map in its place."""
