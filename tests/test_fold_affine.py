@@ -270,6 +270,40 @@ def test_pixel_shuffle() -> None:
     assert calls(fold_affine(model, image).module) == ["SiLU", "PixelUnshuffle", "Conv2d"]
 
 
+# --- borders -----------------------------------------------------------------------------------
+
+
+def test_maps_of_borders() -> None:
+    """The shift before a convolution with zero padding: one map behind it, if that is cheaper."""
+    small = {"act": nn.SiLU(), "bn": norm(), "conv": conv(4, 3, stride=2, padding=1, dilation=2)}
+    large = {"act": nn.SiLU(), "bn": norm(), "conv": conv(4, 8, padding=1)}
+    without = ["SiLU", "ChannelShift", "Conv2d"]
+    for layers, cost in ((small, ["SiLU", "Conv2d", "ChannelShift"]), (large, without)):
+        model = ready(Chain(**layers))
+        assert calls(fold_affine(model, IMAGE).module) == without
+        result = fold_affine(model, IMAGE, border_maps="cost")
+        assert calls(result.module) == cost
+        if cost == without:
+            assert "would cost more than the addition that it saves" in reasons(result)
+        result = fold_affine(model, IMAGE, border_maps="always")
+        assert calls(result.module) == ["SiLU", "Conv2d", "ChannelShift"]
+        assert result.module.conv_border.shift.dim() == 3
+        unknown = fold_affine(model, IMAGE, shapes=False, border_maps="always")
+        assert calls(unknown.module) == without
+
+
+def test_a_map_of_borders_follows_a_batchnorm_behind_it(tmp_path: Any) -> None:
+    layers = {"act": nn.SiLU(), "a": norm(), "conv": conv(4, 4, padding=1, groups=2), "b": norm()}
+    model = ready(Chain(**layers))
+    module = fold_affine(model, IMAGE, border_maps="always").module
+    assert calls(module) == ["SiLU", "Conv2d", "ChannelShift"]
+    ds.save(module, tmp_path)
+    loaded = ds.load(tmp_path, Chain(**layers).double())
+    assert torch.equal(loaded(IMAGE), module(IMAGE))
+    with pytest.raises(ds.errors.PassError, match="border_maps is 'sometimes'"):
+        ds.apply(model, ds.FoldAffine(border_maps="sometimes"))
+
+
 # --- what is no BatchNorm ----------------------------------------------------------------------
 
 

@@ -32,6 +32,17 @@ def test_every_operation_before_and_behind_a_batchnorm(name: str) -> None:
     assert seen["graphs"] == 4
 
 
+FOUND = [
+    (("negative bn", "relu_"), False),  # the dtype of what stays was a guess
+    (("half", "token norm"), False),  # and so was the rank of a factor that took in a vector
+]
+
+
+@pytest.mark.parametrize(("names", "shapes"), FOUND)
+def test_graphs_that_went_wrong_once(names: tuple[str, ...], shapes: bool) -> None:
+    check(tuple(Step(name) for name in names), 0, shapes, Counter())
+
+
 def test_the_check_would_notice_a_wrong_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = (Step("valid"), Step("cat"), Step("bn"), Step("relu"), Step("same"))
     check(steps, 0, True, Counter())

@@ -113,6 +113,11 @@ def is_padded(node: fx.Node, called: Any) -> bool:
     return bool(padding != "valid")
 
 
+def is_plain_conv(called: nn.Module | None) -> bool:
+    """Say whether a module is a convolution that runs torch's own forward."""
+    return called is not None and forward_owner(called).startswith("torch.nn.modules.conv.Conv")
+
+
 def check_alone(
     uses: Uses, modules: Mapping[str, nn.Module], node: fx.Node, carrier: Weighted
 ) -> None:

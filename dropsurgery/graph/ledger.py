@@ -6,12 +6,13 @@ weights from it at the end: each weight is computed once, in float64, and rounde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dropsurgery.graph.affine import Affine, Refused
 from dropsurgery.graph.carriers import read_carrier
@@ -19,7 +20,7 @@ from dropsurgery.graph.channel_maps import ChannelMap, read_map
 from dropsurgery.graph.gauge import Part, Path, evaluate
 from dropsurgery.graph.weighted import Weighted, loses_precision
 
-Port = Literal["in", "out", "through"]
+Port = Literal["in", "out", "through", "border"]
 # Half precision ends at 65504: a summand that takes a good part of that is no gain.
 _LARGEST_HALF = 2.0**12
 
@@ -31,7 +32,8 @@ class Deposit:
     Attributes:
         node: the node that takes it.
         port: whether the value that it returns changes ("out") or the one that it reads ("in");
-            "through" both, and what it adds has to follow.
+            "through" both, and what it adds has to follow; "border" the one that it reads, but
+            not the zeros that it pads with.
         axis: the axis of that value; None where one number goes for all channels.
         path: how the vector comes from the one that moved.
     """
@@ -95,20 +97,42 @@ class LayerState:
         carrier: the layer as the network has it.
         before: the map of its input.
         after: the map of its output.
+        border: what is added to its input, but not to the zeros that it pads with.
     """
 
     carrier: Weighted
     before: Affine | None = None
     after: Affine | None = None
+    border: Tensor | None = None
 
     def absorbed(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias with everything in them."""
         return self.carrier.absorb(self.after or _nothing(), self.before)
 
+    def border_map(self, size: Sequence[int]) -> Tensor:
+        """Return what the border's summand adds to the output, in float64: (C, H, W).
+
+        Args:
+            size: the input's spatial sizes, on which it depends.
+        """
+        layer: Any = self.carrier.module
+        assert self.border is not None
+        shape = (1, self.carrier.inputs) + (1,) * len(size)
+        values = self.border.expand(self.carrier.inputs).view(shape).expand(*shape[:2], *size)
+        weight = self.carrier.weight.detach().double()
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        found = convolve(values.to(weight.device), weight, None, *options)[0]
+        scale = (self.after or _nothing()).scale
+        return found * scale.view((-1,) + (1,) * len(size))
+
     def same(self, other: LayerState) -> bool:
         """Say whether two calls of one layer get the same weights."""
         pairs = ((self.before, other.before), (self.after, other.after))
-        return all(_equal(left or _nothing(), right or _nothing()) for left, right in pairs)
+        alone = self.border is None and other.border is None
+        return alone and all(
+            _equal(left or _nothing(), right or _nothing()) for left, right in pairs
+        )
 
 
 def _nothing() -> Affine:
@@ -188,6 +212,10 @@ class Ledger:
                 axis = state.axis if deposit.axis is None else deposit.axis
                 changed = replace(state, affine=affine, axis=axis, touched=True)
                 self.maps[deposit.node] = changed
+            elif deposit.port == "border":
+                inner = (state.before or _nothing()).scale * vector
+                border = -inner if state.border is None else state.border - inner
+                self.layers[deposit.node] = replace(state, border=border)
             else:
                 name = "before" if deposit.port == "in" else "after"
                 affine = getattr(state, name) or _nothing()

@@ -15,7 +15,14 @@ from typing import Any
 from torch import fx, nn
 
 from dropsurgery.graph.affine import Refused, identity_input
-from dropsurgery.graph.carriers import check_alone, input_axis, is_padded, output_axis, read_carrier
+from dropsurgery.graph.carriers import (
+    check_alone,
+    input_axis,
+    is_padded,
+    is_plain_conv,
+    output_axis,
+    read_carrier,
+)
 from dropsurgery.graph.channel_maps import ADDS, operands
 from dropsurgery.graph.channels import Shapes
 from dropsurgery.graph.gauge import Gauge
@@ -65,7 +72,8 @@ class Spread:
 
 
 def _port(name: str) -> Port:
-    return "in" if name == "in" else "out" if name == "out" else "through"
+    ports: dict[str, Port] = {"in": "in", "out": "out", "border": "border"}
+    return ports.get(name, "through")
 
 
 class Scene:
@@ -75,9 +83,14 @@ class Scene:
         module: the traced module.
         ledger: what was moved so far.
         memory: which values share memory.
+        borders: whether a convolution that pads with zeros may take a shift, for a map of its own
+            borders behind it.
     """
 
-    def __init__(self, module: fx.GraphModule, ledger: Ledger, memory: Memory) -> None:
+    def __init__(
+        self, module: fx.GraphModule, ledger: Ledger, memory: Memory, *, borders: bool = False
+    ) -> None:
+        self.borders = borders
         self.module, self.ledger, self.memory = module, ledger, memory
         self.modules: Mapping[str, nn.Module] = ledger.modules
         self.uses = Uses(module, module.graph, self.modules)
@@ -201,14 +214,13 @@ class Scene:
         """Deposit what is known of a layer's input and output in its weights."""
         deposits: list[tuple[str, Gauge]] = []
         for wire, gauge in known.items():
-            port = "out" if wire is op else "in"
-            if port == "in":
-                self._check_input(op, carrier, wire, gauge)
+            port = "out" if wire is op else self._input_port(op, carrier, wire, gauge)
+            if wire is not op:
                 axis, count = input_axis(self.shapes, op, carrier, wire), carrier.inputs
             else:
                 axis, count = output_axis(self.shapes, op, carrier), carrier.channels
             if gauge.axis is not None:
-                side = "input" if port == "in" else "output"
+                side = "output" if wire is op else "input"
                 if axis is None:
                     raise Refused(
                         f"the rank of the {side} of {carrier.label} is not known, and so not which "
@@ -223,7 +235,8 @@ class Scene:
             deposits.append((port, gauge))
         return Option((), tuple(deposits))
 
-    def _check_input(self, op: fx.Node, carrier: Weighted, wire: fx.Node, gauge: Gauge) -> None:
+    def _input_port(self, op: fx.Node, carrier: Weighted, wire: fx.Node, gauge: Gauge) -> str:
+        """Return how a layer takes a gauge of its input; raises Refused where it cannot."""
         if carrier.weight.ndim == 1:
             raise Refused(f"{carrier.label} normalises it away")
         if wire is not op.all_input_nodes[0] or wire in carrier.operands:
@@ -232,7 +245,11 @@ class Scene:
             if carrier.transposed:
                 raise Refused(f"{carrier.label} has windows of different sizes, so no shift")
             if is_padded(op, self.called(op)):
-                raise Refused(f"{carrier.label} pads with zeros, which a shift does not pass")
+                known = "tensor_meta" in op.meta and "tensor_meta" in wire.meta
+                if not self.borders or not known or not is_plain_conv(self.called(op)):
+                    raise Refused(f"{carrier.label} pads with zeros, which a shift does not pass")
+                return "border"
+        return "in"
 
     def through_map(self, op: fx.Node, state: MapState, known: Known) -> Option:
         """Another affine map takes what it does itself, and hands on the rest."""
@@ -279,6 +296,9 @@ class Scene:
             size = len(state.affine.scale)
             if gauge.axis is not None and size not in (1, len(gauge.vector)):
                 raise Refused(f"{self.label(op)} has {size} channels")
+            unknown = state.read.norm is None and self.shapes.rank(state.read.data) is None
+            if gauge.axis is not None and unknown:
+                raise Refused(f"the rank of '{op.name}' is not known: trace with example inputs")
 
     def has_channels(self, wire: fx.Node, node: fx.Node, gauge: Gauge) -> bool:
         """Say whether an operand has the channels of an elementwise operation on the same axis."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,46 +18,10 @@ from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.module import Skip, fresh_path, module_path
 from dropsurgery.graph.transfer import Scene, Spread, is_pure
 from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.base import Change, Plan
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """What stands in the place of an affine map.
-
-    Attributes:
-        node: its node.
-        how: "gone"; "shift" or "scale", a single addition or multiplication; "norm", a BatchNorm
-            with another weight and bias; "identity", a drop layer that was passed.
-        path: the path of the module that is called now, where there is one.
-        ones: how many axes come behind the channels'.
-        dtype: the dtype of what is added or multiplied.
-        fresh: nodes that wrote in place and now must not: they would write into what others read.
-        dense: whether what the map read has to be made contiguous, as the map's output was.
-    """
-
-    node: str
-    how: str
-    path: str = ""
-    ones: int = 0
-    dtype: str = ""
-    fresh: tuple[str, ...] = ()
-    dense: bool = False
-
-
-@dataclass(frozen=True)
-class Write:
-    """One set of new weights.
-
-    Attributes:
-        nodes: the calls that use it.
-        copy_to: path of a new module for it, where the layer's own weights are needed elsewhere.
-    """
-
-    nodes: tuple[str, ...]
-    copy_to: str = ""
 
 
 class Planner:
@@ -70,10 +35,11 @@ class Planner:
 
     Args:
         module: the traced module.
+        border_maps: see `FoldAffine`.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, border_maps: str = "never") -> None:
+        self.module, self.border_maps = module, border_maps
         graph = module.graph
         self.nodes = {node.name: node for node in graph.nodes}
         modules: Mapping[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
@@ -82,7 +48,7 @@ class Planner:
         found = self._read_maps()
         norms = [self.nodes[name] for name, read in found.items() if read.norm is not None]
         self.memory = Memory(module, graph, fresh=norms)
-        self.scene = Scene(module, self.ledger, self.memory)
+        self.scene = Scene(module, self.ledger, self.memory, borders=border_maps != "never")
         for name, read in found.items():
             self._place(name, read)
         self.moves: list[Move] = []
@@ -225,8 +191,34 @@ class Planner:
             return Move(name, part, forward, ()), None
         spread = self.scene.spread(node, wire, gauge)
         dtype = self._check_dtypes(state, spread, forward)
+        self._check_borders(state, spread)
         self.passing = [wire for wire in spread.gauges if self.scene.is_identity(wire)]
         return Move(name, part, forward, spread.as_deposits()), dtype
+
+    def _check_borders(self, state: MapState, spread: Spread) -> None:
+        """Raise Refused where maps of borders cost more than the addition that they save.
+
+        An addition reads and writes every entry of its input; a map of the borders every entry of
+        the convolution's output, and is read itself.
+        """
+        found = [self.nodes[name] for name, port in spread.deposits if port == "border"]
+        if not found:
+            return
+        if state.scales or len(found) > 1:
+            raise Refused("it would need maps of borders and stay in part, or need several")
+        before, after = (
+            (
+                math.prod(value.meta["tensor_meta"].shape[1:])
+                for value in (state.read.data, found[0])
+            )
+            if "tensor_meta" in state.read.data.meta
+            else (0, 1)
+        )
+        if self.border_maps == "cost" and 3 * after > 2 * before:
+            raise Refused(
+                f"the map of the borders of {self.scene.label(found[0])} would cost more than the "
+                'addition that it saves (border_maps="always" makes it)'
+            )
 
     def _vector(self, name: str, part: Part, forward: bool) -> Tensor:
         state = self.ledger.maps[name]
@@ -398,7 +390,14 @@ class Planner:
                     path = self._fresh(str(self.nodes[names[0]].target), "folded", taken)
                 else:
                     own.add(id(layer))
-            writes.append(Write(tuple(names), path))
+            first = layers[names[0]]
+            border, size = "", tuple[int, ...]()
+            if first.border is not None:
+                node = self.nodes[names[0]]
+                border = self._fresh(str(node.target), "border", taken)
+                shape = node.all_input_nodes[0].meta["tensor_meta"].shape
+                size = tuple(shape[-(first.carrier.spatial or 0) :])
+            writes.append(Write(tuple(names), path, border, size))
         # A copy is made of the layer as it was, so before the layer itself is written.
         return sorted(writes, key=lambda write: not write.copy_to)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,9 +13,9 @@ from dropsurgery.errors import PassError
 from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.dense import make_plain
-from dropsurgery.graph.ledger import Ledger, MapState, Move
+from dropsurgery.graph.ledger import LayerState, Ledger, MapState, Move
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
-from dropsurgery.passes.affine_plan import Rewrite, Write
+from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.weight_edit import WeightEditor
 
 
@@ -50,9 +51,23 @@ class Surgeon(WeightEditor):
         state = ledger.layers[step.nodes[0]]
         weight, bias = state.absorbed()
         self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
+        if step.border:
+            self.add_border(self.nodes[step.nodes[0]], state, step)
         for name in step.nodes:
             if step.copy_to:
                 self.retarget(self.nodes[name], step.copy_to)
+
+    def add_border(self, node: fx.Node, state: LayerState, step: Write) -> None:
+        """Add the map of a convolution's borders behind it."""
+        kept = state.carrier.weight
+        values = state.border_map(step.size).to(kept.dtype).requires_grad_(kept.requires_grad)
+        self.add(step.border, ChannelShift(values))
+        users = list(node.users)
+        with self.graph.inserting_after(node):
+            new = self.graph.call_module(step.border, (node,))
+        self.place(new, node)
+        for user in users:
+            user.replace_input_with(node, new)
 
     def rewrite(self, ledger: Ledger, step: Rewrite) -> None:
         """Put what is left of a map in its place."""
@@ -77,18 +92,26 @@ class Surgeon(WeightEditor):
             values = values.to(device=like.device, dtype=getattr(torch, step.dtype))
             values.requires_grad_(like.requires_grad)
             layer = ChannelScale(values) if step.how == "scale" else ChannelShift(values)
-            self.add(step.path, layer)
+            self.add(step.path, self.with_tail(node, layer, state.read.tail))
         with self.graph.inserting_before(node):
             new = self.graph.call_module(step.path, (self.data(node, state),))
         self.place(new, node)
-        tail = () if step.how == "norm" else state.read.tail
-        self.take_map_out(node, new, tail, dense=False)
+        self.take_map_out(node, new, (), dense=False)
 
     def data(self, node: fx.Node, state: MapState) -> fx.Node:
         """Return what a map reads now."""
         inputs = [*node.all_input_nodes]
         found = state.read.data if state.read.data in inputs else None
         return found if found is not None else next(n for n in inputs if n.op != "get_attr")
+
+    def with_tail(self, node: fx.Node, layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+        """Return a layer with what ran behind the map in one module, so that it stays one node."""
+        if not tail:
+            return layer
+        parts = {name: self.module.get_submodule(f"{node.target}.{name}") for name in tail}
+        whole = nn.Sequential(OrderedDict({"map": layer, **parts}))
+        whole.training = False
+        return whole
 
     def add(self, path: str, layer: nn.Module) -> None:
         """Put a new module at a path."""

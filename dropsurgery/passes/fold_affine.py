@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -14,7 +14,8 @@ from dropsurgery.graph.gauge import path_from_json
 from dropsurgery.graph.ledger import Deposit, Move
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
-from dropsurgery.passes.affine_plan import Planner, Rewrite, Write
+from dropsurgery.passes.affine_plan import Planner
+from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.affine_surgeon import Surgeon
 from dropsurgery.passes.base import Change, Pass, Plan
 
@@ -53,21 +54,35 @@ class FoldAffine(Pass):
     The result is an inference graph, as `FoldBatchNorm`'s is.
 
     Args:
+        border_maps: what becomes of a shift whose only way leads into a convolution that pads with
+            zeros. Its effect on the output differs at the borders: a map (C, H, W) that is added
+            behind the convolution is exact for images of the traced size, **and for no other**.
+            "never" leaves the shift where it is; "cost" makes the map where it is less work than
+            the addition that it saves (the output is small beside the input) and example inputs
+            tell the size; "always" wherever example inputs tell it.
         steps: what to do, as a saved surgery lists it: exactly this, on the word of whoever proved
             then that it is exact (the weights may not be there yet). None folds what can be
             proved.
 
     Raises:
-        PassError: `steps` names a node that is not there.
+        PassError: `steps` names a node that is not there; an unknown `border_maps`.
     """
 
     keeps_state_dict_keys: ClassVar[bool] = False
+    border_maps: Literal["never", "cost", "always"] = "never"
     steps: tuple[Step, ...] | None = field(default=None, repr=False)
+
+    def check(self, module: fx.GraphModule) -> None:
+        """Raise `PassError` where `border_maps` is none of the three."""
+        if self.border_maps not in ("never", "cost", "always"):
+            raise PassError(
+                f"border_maps is {self.border_maps!r}", fix='"never", "cost" or "always"'
+            )
 
     def plan(self, module: fx.GraphModule) -> Plan:
         """Return where each map goes, and why the others stay."""
         if self.steps is None:
-            return Planner(module).plan()
+            return Planner(module, self.border_maps).plan()
         names = {node.name for node in module.graph.nodes}
         missing = sorted({name for step in self.steps for name in _names(step)} - names)
         if missing:
@@ -111,9 +126,10 @@ def _names(step: Step) -> tuple[str, ...]:
 def _step(entry: dict[str, Any]) -> Step:
     kind = entry.pop("step")
     if kind == "rewrite":
-        return Rewrite(**entry)
+        return Rewrite(**{**entry, "fresh": tuple(entry.get("fresh", ()))})
     if kind == "write":
-        return Write(tuple(entry["nodes"]), entry["copy_to"])
+        nodes, size = tuple(entry.pop("nodes")), tuple(entry.pop("size"))
+        return Write(nodes=nodes, size=size, **entry)
     deposits = (
         Deposit(**{**deposit, "path": path_from_json(deposit["path"])})
         for deposit in entry.pop("deposits")
