@@ -63,6 +63,7 @@ from dropsurgery.cli_output import (
 from dropsurgery.errors import ArgumentError, DropsurgeryError
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
+from dropsurgery.verify.location import Location
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -323,6 +324,12 @@ def verify(
     record: Annotated[
         bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
     ] = False,
+    repro: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where they differ: write the piece that does, to run by itself."
+        ),
+    ] = None,
     key_file: KeyFile = None,
     report: ReportFile = None,
     as_json: Json = False,
@@ -351,7 +358,9 @@ def verify(
             "progress": tell,
         }
         verdict = ds.verify(loaded.module, file, inputs, **options)
-        place = None if verdict.ok else ds.locate(loaded.module, file, inputs, **options)
+        place = None
+        if not verdict.ok:
+            place = _place(loaded.module, file, inputs, repro, options)
         if record:
             ds.record(file, loaded.module, verdict, key=key)
         if report is not None:
@@ -362,10 +371,20 @@ def verify(
     echo(verdict.table(width()))
     if place is not None:
         echo(f"\n{place.table(width())}")
+        if repro is not None:
+            echo(f"\nIn {repro}: run.py shows the mismatch of this piece alone")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)
     return verdict_code(verdict)
+
+
+def _place(
+    model: torch.nn.Module, file: Path, inputs: Any, repro: Path | None, options: dict[str, Any]
+) -> Location:
+    if repro is None:
+        return ds.locate(model, file, inputs, **options)
+    return ds.write_repro(model, file, repro, inputs, **options)
 
 
 def _verify_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
