@@ -341,6 +341,12 @@ def verify(
     record: Annotated[
         bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
     ] = False,
+    repro: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where they differ: write the piece that does, to run by itself."
+        ),
+    ] = None,
     key_file: KeyFile = None,
     report: ReportFile = None,
     as_json: Json = False,
@@ -371,7 +377,7 @@ def verify(
         verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
         place = None
         if not verdict.ok and not stochastic and isinstance(reference, nn.Module):
-            place = cli_report.place_of(reference, file, input_file, **options)
+            place = cli_report.place_of(reference, file, input_file, repro, **options)
         if record:
             ds.record(file, reference, verdict, key=key)
         if report is not None:
@@ -383,6 +389,8 @@ def verify(
     echo(verdict.table(width(), figures=figures))
     if place is not None:
         echo(f"\n{place.table(width())}")
+        if repro is not None:
+            echo(f"\nIn {repro}: run.py shows the mismatch of this piece alone")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)

@@ -290,9 +290,21 @@ def of_verify(
     return with_file(story, loaded.module, path, inputs)
 
 
-def place_of(model: nn.Module, path: Path, inputs: Path | None, **options: Any) -> Location | None:
-    """Return where a file differs, or None where that cannot be had: a verdict stands without."""
+def place_of(
+    model: nn.Module, path: Path, inputs: Path | None, repro: Path | None = None, **options: Any
+) -> Location | None:
+    """Return where a file differs, or None where that cannot be had: a verdict stands without.
+
+    Args:
+        model: the reference.
+        path: the file.
+        inputs: a file or folder of the caller's inputs.
+        repro: a folder for a case of the place that runs by itself.
+        options: of `ds.locate`.
+    """
     try:
+        if repro is not None:
+            return ds.write_repro(model, path, repro, inputs, **options)
         return ds.locate(model, path, inputs, **options)
     except VerifyError:
         return None

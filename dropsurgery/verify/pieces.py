@@ -56,7 +56,8 @@ class Pieces:
     Attributes:
         pairs: the tensors of the reference by names of the candidate's values.
         values: the candidate's values as it computed them from the input.
-        local: its paired values as it computed them from torch's own.
+        fed: torch's own in their place, as it was given them.
+        local: its paired values as it computed them from these.
         failure: what onnxruntime said where the graph does not run, and the node it blames.
     """
 
@@ -74,6 +75,8 @@ class Pieces:
         pairs = self._paired(known)
         self._errors = {name: self._error(name, ref) for name, ref in pairs.items()}
         self.pairs = pairs if self.failure else self._without_detours(pairs)
+        self._cut = set(self.pairs.values())
+        self.fed = self._fed()
         self.local = self._run_fed()
 
     def _paired(self, known: KnownPairs) -> dict[str, Ref]:
@@ -98,14 +101,18 @@ class Pieces:
         except RunError:
             return {}
 
-    def _run_fed(self) -> dict[str, Tensor]:
+    def _fed(self) -> dict[str, Tensor]:
+        """Return torch's tensors in the shapes and dtypes of the values that they replace."""
         cuts = {}
         for name, ref in self.pairs.items():
             value, native = self.values[name], self.recording.native(ref)
             native = native.to(value.dtype)
             cuts[name] = native.reshape(value.shape) if value.numel() == native.numel() else native
+        return cuts
+
+    def _run_fed(self) -> dict[str, Tensor]:
         try:
-            return self.graph.run_fed(self.feeds, cuts)
+            return self.graph.run_fed(self.feeds, self.fed)
         except RunError:
             return {}  # what stands behind the defect cannot take torch's shapes
 
@@ -140,17 +147,30 @@ class Pieces:
         tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
         return self._weigh(tally)[:3]
 
+    def replay(self, ref: Ref) -> Replay:
+        """Compute a tensor of the network again in float64, from torch's own paired ones."""
+
+        def known(start: Ref) -> Tensor | None:
+            origin = self.recording.origin(start)
+            return self.recording.native(start) if origin in self._cut else None
+
+        return self.recording.replay(ref, known, wide=True)
+
+    def partner(self, name: str) -> Ref | None:
+        """Return the tensor of the network that a value stands for, or None."""
+        outputs = dict(zip(self.graph.outputs, self.recording.outputs.values(), strict=False))
+        return self.pairs.get(name, outputs.get(name))
+
+    def given(self, name: str) -> Tensor | None:
+        """Return what a node is given under a name in its piece: torch's own, or the input's."""
+        return self.fed.get(name, self.feeds.get(name))
+
     def steps(self) -> Iterator[Step]:
         """Yield one step for each pair, in order of execution."""
-        cut = set(self.pairs.values())
-
-        def known(ref: Ref) -> Tensor | None:
-            return self.recording.native(ref) if self.recording.origin(ref) in cut else None
-
         for name, ref in self.pairs.items():
             event = self.recording.events[ref.event]
             error, own, _ = self._errors[name]
-            replay = self.recording.replay(ref, known, wide=True)
+            replay = self.replay(ref)
             local, local_own, ratio, reason = self._local(name, ref, replay)
             node, path = self._blamed(name, ref, replay)
             yield Step(

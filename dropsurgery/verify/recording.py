@@ -144,7 +144,8 @@ class Recording:
                 replay.starts.add(ref)
             elif event.func is None:
                 values[ref] = change(event.outputs[ref.output])
-                replay.opaque.update({ref} - set(self.inputs.values()))
+                own = ref in self.inputs.values()
+                (replay.starts if own else replay.opaque).add(ref)
             elif missing := [r for r in event.inputs if r not in values]:
                 stack += missing
             else:
@@ -160,7 +161,7 @@ class Replay:
 
     Attributes:
         values: all tensors on the way.
-        starts: those that were known.
+        starts: those that were known, and the network's inputs.
         opaque: those that were taken from the recording since nothing tells how they came about.
         events: the operations that ran.
     """
