@@ -25,12 +25,11 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +225,15 @@ def peak_memory(name: str, batch: int, mode: str) -> int:
     step = Step(module, inputs)
     warm = Step(NETWORKS[name][0](), inputs_of(name, 2))
     warm()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
     step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return after - before
+    return peak() - before
+
+
+def peak() -> int:
+    """Return the process's peak resident set in bytes; rusage's starts with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 class Saved(fx.Interpreter):
@@ -279,10 +283,9 @@ def ideal_memory(name: str, batch: int) -> float:
     return sum(size * share.get(node, 1.0) for node, size in runner.bytes.items()) / total
 
 
-def memory(batch: int = 64) -> dict[str, Any]:
-    """Return the peaks of every network and mode as ratios to the plain network's."""
-    found: dict[str, Any] = {}
-    for name in NETWORKS:
+def memory(names: Iterable[str], batch: int = 64) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each network's name and its peaks in every mode as ratios to the plain one's."""
+    for name in names:
         peaks = {}
         for mode in ("plain", *MODES):
             command = [
@@ -293,13 +296,13 @@ def memory(batch: int = 64) -> dict[str, Any]:
                 f"{name}:{batch}:{mode}",
             ]
             peaks[mode] = int(subprocess.check_output(command, text=True))
-        found[name] = {
+        found = {
             "plain, MB": peaks["plain"] / 2**20,
             **{mode: peaks[mode] / peaks["plain"] for mode in MODES},
             "ideal subset": ideal_memory(name, batch),
         }
-        print(name, found[name], flush=True)
-    return found
+        print(name, found, flush=True)
+        yield name, found
 
 
 # Break-even
@@ -399,7 +402,7 @@ def main() -> None:
         name, batch, mode = options.peak.split(":")
         print(peak_memory(name, int(batch), mode))
     elif options.memory:
-        for name, value in memory().items():
+        for name, value in memory(options.cases or NETWORKS):
             keep("memory", name, value)
     elif options.break_even:
         for case in options.cases or [f"{name}:64" for name in NETWORKS]:

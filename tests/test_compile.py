@@ -199,7 +199,7 @@ def test_seeded_draws_are_the_same_compiled(mode: str) -> None:
     draws = ds.seed_drop_paths(net, 3)
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    x = torch.randn(16, 4, dtype=torch.float64)
+    x = torch.randn(64, 4, dtype=torch.float64)  # the break-even of a full batch
     outputs = []
     for _ in range(3):
         outputs.append(compare(compiled, net, x, 1e-10))
