@@ -384,7 +384,7 @@ def test_slim_reports_and_saves_only_when_asked(run: Cli, tmp_path: Path) -> Non
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
     assert (done.document["batch_norms"], done.document["dropouts"]) == (0, 0)
     assert done.document["directory"] is None
-    assert {c["pass"] for c in done.document["changes"]} == {"ConvertDropout", "FoldBatchNorm"}
+    assert {c["pass"] for c in done.document["changes"]} == {"ConvertDropout", "FoldAffine"}
     assert run("slim", "net.py:Net", "-o", "slim").code == 0
     x = torch.randn(2, 3, 8, 8)
     model = network()
