@@ -50,6 +50,7 @@ from dropsurgery.errors import DropsurgeryError
 from dropsurgery.models import LoadedModel, load_model
 from dropsurgery.passes.base import Result
 from dropsurgery.report import census, json_text, onnx_census, skips_text, write_whole
+from dropsurgery.slimming import SlimReport
 from dropsurgery.surgery import SLIM
 from dropsurgery.tables import render
 
@@ -121,10 +122,7 @@ def inspect(
         with _working(f"slimming {model}"):
             loaded = _load(model, weights, model_arg, surgery)
             told = ds.slim_report(loaded.module, example_inputs(loaded, input_shapes, batch or 1))
-        if as_json:
-            return _print_json({"model": model, **told.to_json()})
-        _print(told.text(_width(), title=model, every=every))
-        return DONE
+        return _tell_slimming(model, told, every, as_json)
     falling = survival_rule(rule, final_survival, depths, single)
     chosen = insertion(falling, unit, where, include, count, mode)
     pictures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path is not None}
@@ -397,6 +395,13 @@ def _records(keys: Sequence[str], rows: Sequence[Sequence[object]]) -> list[dict
 def _width() -> int:
     """The terminal's columns, or COLUMNS; wide where the output is a file or a pipe."""
     return max(shutil.get_terminal_size((160, 24)).columns, 40)
+
+
+def _tell_slimming(model: str, told: SlimReport, every: bool, as_json: bool) -> int:
+    if as_json:
+        return _print_json({"model": model, **told.to_json()})
+    _print(told.text(_width(), title=model, every=every))
+    return DONE
 
 
 def _print(text: str) -> None:
