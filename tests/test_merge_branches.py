@@ -399,6 +399,16 @@ def test_writes_in_place() -> None:
     kept(Lambda(into_branch, a=conv(), b=conv(size=1)))
 
 
+def test_constant_that_is_written_to() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.gamma.mul_(2)
+        return self.a(x) * self.gamma.view(4, 1, 1) + self.b(x)
+
+    model = Lambda(forward, a=conv(), b=conv(size=1), gamma=values(4))
+    (skip,) = apply(ready(model), MERGE).skipped
+    assert skip.reason == "'mul_' writes into a constant that it reads"
+
+
 def test_write_behind_the_sum_follows() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         total = self.a(x) + self.b(x)

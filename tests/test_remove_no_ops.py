@@ -269,6 +269,15 @@ def test_constants_that_stay() -> None:
     model = Lambda(written, count=torch.zeros(()))
     assert "exp" in [n.name for n in apply(model, ds.RemoveNoOps()).module.graph.nodes]
 
+    def between(self: Any, x: Tensor) -> Tensor:
+        before = x + self.count.view(1)
+        self.count.add_(1)
+        return before * (x + self.count.view(1))
+
+    names = [n.name for n in apply(Lambda(between, count=torch.zeros(())), ds.RemoveNoOps())
+             .module.graph.nodes]  # fmt: skip
+    assert [name for name in names if name.startswith("add")] == ["add", "add_", "add_1"]
+
     def drawn(self: Any, x: Tensor) -> Tensor:
         return x + torch.rand_like(self.table).exp()
 

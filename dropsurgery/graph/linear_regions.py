@@ -122,7 +122,14 @@ class LinearRegions:
             if others:
                 return f"'{value.name}', between its branches, is read by {', '.join(others)}, too"
         written = next(self.memory.written(source, source, node), None)
-        return None if written is None else f"'{written.name}' writes into its input in between"
+        if written is not None:
+            return f"'{written.name}' writes into its input in between"
+        read = {v for value in region.nodes for v in value.all_input_nodes} - region.nodes
+        for constant in read - {source}:
+            for member in self.memory.group(constant):
+                if member in self.memory.writes:
+                    return f"'{member.name}' writes into a constant that it reads"
+        return None
 
 
 def _sound(region: Region | str) -> Region:

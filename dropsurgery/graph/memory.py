@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from torch import fx
 
+from dropsurgery.graph.affine import fetch
 from dropsurgery.graph.module import called_module
 from dropsurgery.graph.ops import Kind, kind_of, writes_in_place
 
@@ -30,7 +31,10 @@ class Memory:
         self.writes = {node for node in nodes if _may_write(module, node)}
         self._parent: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
+        reads: dict[int, fx.Node] = {}
         for node in nodes:
+            if node.op == "get_attr":
+                self.join(node, reads.setdefault(id(fetch(module, str(node.target))), node))
             first = node.all_input_nodes[:1]
             if first and (node in self.writes or kind_of(module, node) in _MAY_ALIAS):
                 self.join(node, first[0])
