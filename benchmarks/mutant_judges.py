@@ -75,6 +75,9 @@ def double(model: ModelProto) -> ModelProto:
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
     for node in wide.graph.node:
+        if node.op_type == "ConstantOfShape" and not node.attribute:  # zeros in float32
+            zero = numpy_helper.from_array(np.zeros(1, np.float32))
+            node.attribute.append(onnx.helper.make_attribute("value", zero))
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == 1:
                 attribute.i = TensorProto.DOUBLE

@@ -76,7 +76,7 @@ from dropsurgery.schedule import SurvivalSchedule, seed_drop_paths, set_survival
 from dropsurgery.store import load, save
 from dropsurgery.surgery import retrofit, slim
 from dropsurgery.variance_shift import find_variance_shift
-from dropsurgery.verify import locate, verify
+from dropsurgery.verify import locate, verify, write_repro
 
 # After `verify`, so that the name is the function and not the package it lives in.
 from dropsurgery import testing  # isort: skip
@@ -131,4 +131,5 @@ __all__ = [
     "trace",
     "verify",
     "weight_decay_groups",
+    "write_repro",
 ]

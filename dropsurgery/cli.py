@@ -64,6 +64,7 @@ from dropsurgery.cli_output import (
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.report import onnx_census, write_whole
 from dropsurgery.surgery import SLIM
+from dropsurgery.verify.location import Location
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -331,6 +332,12 @@ def verify(
     record: Annotated[
         bool, typer.Option("--record", help="Write the verdict into FILE.onnx.")
     ] = False,
+    repro: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where they differ: write the piece that does, to run by itself."
+        ),
+    ] = None,
     key_file: KeyFile = None,
     report: ReportFile = None,
     as_json: Json = False,
@@ -361,7 +368,7 @@ def verify(
         verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
         place = None
         if not verdict.ok and not stochastic and isinstance(reference, nn.Module):
-            place = ds.locate(reference, file, input_file, **options)
+            place = _place(reference, file, input_file, repro, options)
         if record:
             ds.record(file, reference, verdict, key=key)
         if report is not None:
@@ -373,10 +380,20 @@ def verify(
     echo(verdict.table(width(), figures=figures))
     if place is not None:
         echo(f"\n{place.table(width())}")
+        if repro is not None:
+            echo(f"\nIn {repro}: run.py shows the mismatch of this piece alone")
     if record:
         echo(f"recorded in {file}")
     tell_report(report)
     return verdict_code(verdict)
+
+
+def _place(
+    model: nn.Module, file: Path, inputs: Path | None, repro: Path | None, options: dict[str, Any]
+) -> Location:
+    if repro is None:
+        return ds.locate(model, file, inputs, **options)
+    return ds.write_repro(model, file, repro, inputs, **options)
 
 
 app.command()(cli_report.report)

@@ -423,3 +423,49 @@ def test_a_file_that_does_not_load_has_a_place(net: nn.Module, tmp_path: Path) -
         ds.verify(net, changed)
     location = ds.locate(net, changed)
     assert location.module == "blocks.1.bn1", str(location)
+
+
+def test_exchanged_and_missing_outputs(two: tuple[nn.Module, Path]) -> None:
+    model, path = two
+
+    def exchange(file: onnx.ModelProto) -> None:
+        swap = {"output_0": "output_1", "output_1": "output_0"}
+        for node in file.graph.node:
+            node.input[:] = [swap.get(name, name) for name in node.input]
+            node.output[:] = [swap.get(name, name) for name in node.output]
+
+    location = ds.locate(model, edited(path, exchange))
+    assert "exchanged: 'output_0' holds 'output_1', 'output_1' holds 'output_0'" in location.reason
+
+    def leave_out(file: onnx.ModelProto) -> None:
+        del file.graph.output[-1]
+
+    location = ds.locate(model, edited(path, leave_out))
+    assert location.found
+    assert "['output_0', 'output_1'] instead of" in location.reason
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.lstm(self.embedding(x))[0])
+
+
+def test_recurrent_layers_return_several_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomize(Words()).eval()
+    path = ds.export_onnx(model, tmp_path / "m.onnx", torch.randint(20, (1, 5)))
+    assert not ds.locate(model, path)
+
+    def sign(file: onnx.ModelProto) -> None:
+        name = nodes(file, "LSTM")[0].input[1]
+        values = weight(file, name)
+        values.view(-1)[3] *= -1
+        set_weight(file, name, values)
+
+    assert ds.locate(model, edited(path, sign)).module == "lstm"

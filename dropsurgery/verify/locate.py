@@ -59,6 +59,28 @@ def locate(
     Raises:
         VerifyError, ProviderError, ArgumentError, ArgumentTypeError: as in `verify`.
     """
+    return search(
+        reference,
+        candidate,
+        inputs,
+        provider=provider,
+        seeds=seeds,
+        batch_sizes=batch_sizes,
+        progress=progress,
+    )[0]
+
+
+def search(
+    reference: nn.Module,
+    candidate: str | os.PathLike[str],
+    inputs: Any,
+    *,
+    provider: str,
+    seeds: Sequence[int],
+    batch_sizes: Sequence[int],
+    progress: Progress | None,
+) -> tuple[Location, Pieces | None]:
+    """Do as `locate` does; return the values of the input that showed the place as well."""
     if not isinstance(candidate, str | os.PathLike):
         raise ArgumentTypeError(
             f"the candidate is the path of an ONNX file, got {type(candidate).__name__}",
@@ -78,12 +100,13 @@ def locate(
         if progress is not None:
             progress(f"looking for the place: {case.label}")
         here = _examine(reference, graph, case, known)
-        if here is not None and (location is None or here.found):
-            location = here
-        if here is not None and here.found:
-            break
+        if here is not None:
+            place = here.location()
+            if place.found:
+                return place, here
+            location = location or place
     assert location is not None
-    return location
+    return location, None
 
 
 def _tensors(case: Case) -> list[Tensor]:
@@ -99,8 +122,8 @@ def _order(case: Case) -> tuple[bool, int]:
 
 def _examine(
     reference: nn.Module, graph: MarkedGraph, case: Case, known: KnownPairs
-) -> Location | None:
-    """Look for the place on one input; None where the reference does not accept it."""
+) -> Pieces | None:
+    """Run both sides on one input; None where the reference does not accept it."""
     try:
         recording = record(reference, case)
     except DropsurgeryError:
@@ -113,4 +136,4 @@ def _examine(
             where=f"{type(reference).__name__}, {case.label}",
             fix=f"pass inputs=; {argument_list(reference)}",
         ) from error
-    return Pieces(recording, graph, case, known).location()
+    return Pieces(recording, graph, case, known)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from dropsurgery.tables import render
+from dropsurgery.verify.depth_plot import save_depth
 
 _LEGEND = (
     "local: error of the piece on torch's own input, relative to its output; "
@@ -123,6 +125,19 @@ class Location:
             for text in lines
             for line in text.splitlines()
         )
+
+    def plot(self, target: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Draw the errors along the depth, with the place marked, and write the picture.
+
+        Args:
+            target: a file, whose suffix decides the format (svg, png, pdf), or a binary file
+                object, which gets SVG.
+
+        Raises:
+            DropsurgeryError: matplotlib is not installed, there is nothing to draw, or the file
+                cannot be written.
+        """
+        save_depth(self, target)
 
     def to_json(self) -> dict[str, Any]:
         """Return the place as plain data for `json.dumps`; infinities as None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dropsurgery.verify.cases import Case
@@ -55,7 +56,8 @@ class Pieces:
     Attributes:
         pairs: the tensors of the reference by names of the candidate's values.
         values: the candidate's values as it computed them from the input.
-        local: its paired values as it computed them from torch's own.
+        fed: torch's own in their place, as it was given them.
+        local: its paired values as it computed them from these.
         failure: what onnxruntime said where the graph does not run, and the node it blames.
     """
 
@@ -73,6 +75,8 @@ class Pieces:
         pairs = self._paired(known)
         self._errors = {name: self._error(name, ref) for name, ref in pairs.items()}
         self.pairs = pairs if self.failure else self._without_detours(pairs)
+        self._cut = set(self.pairs.values())
+        self.fed = self._fed()
         self.local = self._run_fed()
 
     def _paired(self, known: KnownPairs) -> dict[str, Ref]:
@@ -97,14 +101,18 @@ class Pieces:
         except RunError:
             return {}
 
-    def _run_fed(self) -> dict[str, Tensor]:
+    def _fed(self) -> dict[str, Tensor]:
+        """Return torch's tensors in the shapes and dtypes of the values that they replace."""
         cuts = {}
         for name, ref in self.pairs.items():
             value, native = self.values[name], self.recording.native(ref)
             native = native.to(value.dtype)
             cuts[name] = native.reshape(value.shape) if value.numel() == native.numel() else native
+        return cuts
+
+    def _run_fed(self) -> dict[str, Tensor]:
         try:
-            return self.graph.run_fed(self.feeds, cuts)
+            return self.graph.run_fed(self.feeds, self.fed)
         except RunError:
             return {}  # what stands behind the defect cannot take torch's shapes
 
@@ -139,17 +147,30 @@ class Pieces:
         tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
         return self._weigh(tally)[:3]
 
+    def replay(self, ref: Ref) -> Replay:
+        """Compute a tensor of the network again in float64, from torch's own paired ones."""
+
+        def known(start: Ref) -> Tensor | None:
+            origin = self.recording.origin(start)
+            return self.recording.native(start) if origin in self._cut else None
+
+        return self.recording.replay(ref, known, wide=True)
+
+    def partner(self, name: str) -> Ref | None:
+        """Return the tensor of the network that a value stands for, or None."""
+        outputs = dict(zip(self.graph.outputs, self.recording.outputs.values(), strict=False))
+        return self.pairs.get(name, outputs.get(name))
+
+    def given(self, name: str) -> Tensor | None:
+        """Return what a node is given under a name in its piece: torch's own, or the input's."""
+        return self.fed.get(name, self.feeds.get(name))
+
     def steps(self) -> Iterator[Step]:
         """Yield one step for each pair, in order of execution."""
-        cut = set(self.pairs.values())
-
-        def known(ref: Ref) -> Tensor | None:
-            return self.recording.native(ref) if self.recording.origin(ref) in cut else None
-
         for name, ref in self.pairs.items():
             event = self.recording.events[ref.event]
             error, own, _ = self._errors[name]
-            replay = self.recording.replay(ref, known, wide=True)
+            replay = self.replay(ref)
             local, local_own, ratio, reason = self._local(name, ref, replay)
             node, path = self._blamed(name, ref, replay)
             yield Step(
@@ -191,8 +212,10 @@ class Pieces:
     def _blamed(self, name: str, ref: Ref, replay: Replay) -> tuple[Node, str]:
         """Return the node of a piece that a wrong result is put down to, and its module."""
         nodes = self.piece(name)
-        computing = [node for node in nodes if node.op not in _VIEWS] or nodes[-1:]
-        node = computing[-1]
+        computing = [node for node in nodes if self._computes(node)] or nodes[-1:]
+        # The values of a module before the last one of the piece have no partner: they are wrong
+        # already, or have none in torch.
+        node = [node for node in computing if node.path == computing[0].path][-1]
         if node.path is not None:
             return node, node.path
         if len(computing) == 1:
@@ -202,6 +225,10 @@ class Pieces:
         first = min(replay.events, default=ref.event, key=lambda event: (self._moves(event), event))
         return nodes[0], self.recording.events[first].path
 
+    def _computes(self, node: Node) -> bool:
+        value = self.values.get(node.outputs[0]) if node.outputs else None
+        return node.op not in _VIEWS and (value is None or value.is_floating_point())
+
     def _moves(self, event: int) -> bool:
         """Say whether an operation of the reference only moves data."""
         return self.recording.events[event].name in _MOVES
@@ -210,8 +237,10 @@ class Pieces:
         """Weigh all steps and find the first that is wrong."""
         steps = tuple(self.steps())
         first = next((step for step in steps if not step.ok), None)
-        reason, notes = "", []
-        if first is not None:
+        notes = []
+        if reason := self._exchanged():
+            first = self._bare(self.makers[self.graph.outputs[0]])
+        elif first is not None:
             reason = first.reason
         else:
             first, reason = self._beyond_numbers()
@@ -227,6 +256,29 @@ class Pieces:
             case=self.case.label,
             steps=steps,
             notes=tuple(notes),
+        )
+
+    def _exchanged(self) -> str:
+        """Return which outputs have changed places, in words; "" where none have."""
+        given, found = self.recording.outputs, self.graph.outputs
+        if len(given) != len(found) or not self.values.keys() >= set(found):
+            return ""
+        places = dict(zip(found, given, strict=True))
+        if sorted(given) == sorted(found):
+            places = {name: name for name in found}
+        held = {}
+        for name in found:
+            alike = [n for n, ref in given.items() if self._same(self.values[name], ref)]
+            held[name] = places[name] if places[name] in alike or not alike else alike[0]
+        if held == places or sorted(held.values()) != sorted(given):
+            return ""
+        moved = ", ".join(f"'{n}' holds '{held[n]}'" for n in found if held[n] != places[n])
+        return f"the outputs are exchanged: {moved}"
+
+    def _same(self, value: Tensor, ref: Ref) -> bool:
+        native = self.recording.native(ref)
+        return value.shape == native.shape and bool(
+            torch.allclose(value.double(), native.double(), rtol=1e-3, atol=1e-6)
         )
 
     def _beyond_numbers(self) -> tuple[Step | None, str]:
@@ -247,7 +299,8 @@ class Pieces:
                 )
             if not native.is_floating_point() and not value.equal(native):
                 return self._bare(node), f"output '{name}' holds other values"
-        if sorted(names) == sorted(self.graph.outputs) and names != self.graph.outputs:
+        moved = sorted(names) == sorted(self.graph.outputs) and names != self.graph.outputs
+        if moved or len(names) != len(self.graph.outputs):
             node = self.makers[self.graph.outputs[0]]
             return self._bare(node), f"the outputs are {self.graph.outputs} instead of {names}"
         return None, ""

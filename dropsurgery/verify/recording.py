@@ -68,16 +68,14 @@ def _is_ref(value: Any) -> bool:
 
 
 class Call(NamedTuple):
-    """One call of a module that returned one tensor.
+    """One call of a module.
 
     Attributes:
         path: its dotted path.
-        inputs: the tensors that it was given.
-        output: the tensor that it returned.
+        output: the first tensor that it returned.
     """
 
     path: str
-    inputs: tuple[Ref, ...]
     output: Ref
 
 
@@ -146,7 +144,8 @@ class Recording:
                 replay.starts.add(ref)
             elif event.func is None:
                 values[ref] = change(event.outputs[ref.output])
-                replay.opaque.update({ref} - set(self.inputs.values()))
+                own = ref in self.inputs.values()
+                (replay.starts if own else replay.opaque).add(ref)
             elif missing := [r for r in event.inputs if r not in values]:
                 stack += missing
             else:
@@ -162,7 +161,7 @@ class Replay:
 
     Attributes:
         values: all tensors on the way.
-        starts: those that were known.
+        starts: those that were known, and the network's inputs.
         opaque: those that were taken from the recording since nothing tells how they came about.
         events: the operations that ran.
     """
@@ -348,21 +347,20 @@ def record(model: nn.Module, case: Case) -> Recording:
 
 def _watch(module: nn.Module, path: str, recorder: _Recorder) -> None:
     """Let a module tell the recorder when it is called and what it returns."""
-    above: list[tuple[str, tuple[Ref, ...]]] = []
+    above: list[str] = []
 
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        given = [recorder.ref(tensor) for tensor in _tensors((args, kwargs))]
-        above.append((recorder.path, tuple(ref for ref in given if ref is not None)))
+    def enter(_: nn.Module, args: Any) -> None:
+        above.append(recorder.path)
         recorder.path = path
 
-    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recorder.path, given = above.pop()
-        ref = recorder.ref(output) if isinstance(output, Tensor) else None
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        recorder.path = above.pop()
+        ref = next(map(recorder.ref, _tensors(output)), None)
         if ref is not None:
-            recorder.recording.calls.append(Call(path, given, ref))
+            recorder.recording.calls.append(Call(path, ref))
 
-    module.register_forward_pre_hook(enter, with_kwargs=True)
-    module.register_forward_hook(leave, with_kwargs=True)
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
 
 
 @contextlib.contextmanager
