@@ -166,7 +166,7 @@ def record(
         )
     _check_key(key)
     target = check_target(path)
-    file = read_onnx(target)
+    file = _opened(target)
     content = regular_content(target)
     sections = _sections(file, content, reference, verdict)
     check = _replace(target, content, _entries(sections, key), key)
@@ -194,8 +194,7 @@ def check_record(
         ArgumentError, ArgumentTypeError: the key is no key, or the reference none.
     """
     _check_key(key)
-    file = read_onnx(path)
-    return _checked(file, regular_content(Path(path)), reference, key)
+    return _checked(_opened(path), regular_content(Path(path)), reference, key)
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -261,7 +260,7 @@ def _reference(reference: Any) -> dict[str, Any]:
         return {"name": type(reference).__name__, "weights": hash_weights(reference)}
     if isinstance(reference, str | os.PathLike):
         path = Path(reference)
-        return {"name": path.name, **_contents(read_onnx(path), regular_content(path))}
+        return {"name": path.name, **_contents(_opened(path), regular_content(path))}
     raise ArgumentTypeError(
         f"the reference is a {type(reference).__name__}", fix="a torch.nn.Module or an ONNX file"
     )
@@ -382,6 +381,15 @@ def _check_signature(links: Mapping[str, Any], signature: Any, key: bytes | None
 # --- bytes ---------------------------------------------------------------------------------------
 
 
+def _opened(path: str | os.PathLike[str]) -> OnnxFile:
+    """Read and check a file, and keep its metadata alone: its bytes hold the weights already."""
+    import onnx
+
+    file = read_onnx(path)
+    metadata = onnx.ModelProto(metadata_props=file.model.metadata_props)
+    return dataclasses.replace(file, model=metadata)
+
+
 def _contents(file: OnnxFile, content: bytes) -> dict[str, Any]:
     """Return the hashes of a file, less the record, and of its external data."""
     graph, weights = hashlib.sha256(), hashlib.sha256()
@@ -466,7 +474,7 @@ def _replace(
             file.flush()
             os.fsync(file.fileno())
         shutil.copymode(target, part)
-        check = _checked(read_onnx(part), regular_content(part), None, key)
+        check = _checked(_opened(part), regular_content(part), None, key)
         os.replace(part, target)
         part = None
     except OSError as error:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from dropsurgery.verify import Gate, Verdict, verify
+from dropsurgery.errors import DropsurgeryError
+from dropsurgery.verify import Gate, Verdict, locate, verify
 
 
 def assert_equivalent(
@@ -39,7 +40,8 @@ def assert_equivalent(
 
     Raises:
         AssertionError: it does not. The message holds the table of `verify`, the outputs that
-            differ and what to do about them.
+            differ, for a file beside a module the first place at which they part (`locate`), and
+            what to do about it.
         VerifyError: the comparison could not be carried out; this is no failed comparison.
     """
     __tracebackhide__ = True  # pytest shows the caller's line
@@ -56,7 +58,21 @@ def assert_equivalent(
         runs=runs,
     )
     if not verdict.ok:
-        raise AssertionError(f"{verdict}\n{_advice(verdict)}")
+        place = ""
+        if not stochastic:
+            options = {"provider": provider, "seeds": seeds, "batch_sizes": batch_sizes}
+            place = _place(reference, candidate, inputs, options)
+        raise AssertionError("\n".join(filter(None, (str(verdict), place, _advice(verdict)))))
+
+
+def _place(reference: Any, candidate: Any, inputs: Any, options: dict[str, Any]) -> str:
+    """Return where a file and a network part, in words; "" where that cannot be told."""
+    if not isinstance(reference, nn.Module) or isinstance(candidate, nn.Module):
+        return ""
+    try:
+        return str(locate(reference, candidate, inputs, **options))
+    except DropsurgeryError as error:  # an iterator of inputs that has run out, for one
+        return f"the place cannot be told: {error.problem}"
 
 
 def _advice(verdict: Verdict) -> str:

@@ -246,7 +246,8 @@ def test_long_tables_are_folded_and_short_ones_are_not(story: Story) -> None:
 def test_numbers_are_aligned() -> None:
     rows = (("a", "1.5", "-", "12 %", "x" * 40), ("b", "2e-07", "3", "nan", "y"))
     kinds = write.alignments(Table("t", ("n", "a", "b", "c", "d"), rows))
-    assert kinds == ["text", "number", "number", "number", "text long"]
+    assert kinds == ["text short", "number", "number", "number", "text long"]
+    assert write.alignments(Table("t", ("a",), (("b" * 19,),))) == ["text"]
     assert write.alignments(Table("t", ("a",), ())) == []
 
 
@@ -330,6 +331,7 @@ def test_errors_that_are_no_numbers_are_the_largest(bad: float) -> None:
     figure = errors_figure([("a", 1.0, 1.0), ("b", bad, bad), ("c", 0.5, bad)])
     assert "at b (module 2 of 3)" in figure.description
     assert "NaN" not in figure.svg
+    assert "mathdefault" not in figure.svg
     errors_figure([("a", 0.0, 0.0)])
 
 

@@ -116,7 +116,8 @@ def errors_figure(errors: Sequence[tuple[str, float, float]]) -> Figure:
         numbers = range(1, len(errors) + 1)
         series = (
             ("accumulated", [row[2] for row in errors], _SECOND, "--", "s"),
-            ("local", [row[1] for row in errors], _FIRST, "-", "o"),
+            # No line: between two modules there is nothing, and many add no error at all.
+            ("local", [row[1] for row in errors], _FIRST, "none", "o"),
         )
         for name, column, color, style, marker in series:
             values = [_positive(value) for value in column]
@@ -125,6 +126,8 @@ def errors_figure(errors: Sequence[tuple[str, float, float]]) -> Figure:
                 linewidth=1.5, label=name,
             )  # fmt: skip
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
+        axes.yaxis.set_minor_formatter("")
         axes.set_xlabel("module, from input to output")
         axes.set_ylabel("relative error")
         axes.axvline(worst + 1, color=_INK, linewidth=0.8, linestyle=":")

@@ -15,8 +15,8 @@ from dropsurgery.tables import NOTHING, printable
 SUFFIXES = (".html", ".md", ".json")
 # Longer tables are folded in HTML.
 _FOLDED = 12
-# Cells of more letters get room for a line.
-_LONG = 36
+# Cells of more letters get room for a line; those of fewer are kept on one.
+_LONG, _SHORT = 36, 18
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?%| kB| MB| GB| bytes)?|nan|inf")
 
 
@@ -81,7 +81,7 @@ def html(page: Page) -> str:
 
 
 def alignments(table: Table) -> list[str]:
-    """Return the kind of each column: "number", "text", or "text long" for whole sentences."""
+    """Return the kind of each column: "number", "text", "text short" or "text long"."""
     return [_kind([str(cell) for cell in column]) for column in zip(*table.rows, strict=True)]
 
 
@@ -89,4 +89,5 @@ def _kind(cells: list[str]) -> str:
     told = [cell for cell in cells if cell != NOTHING]
     if told and all(_NUMBER.fullmatch(cell) for cell in told):
         return "number"
-    return "text long" if max(map(len, told), default=0) > _LONG else "text"
+    letters = max(map(len, told), default=0)
+    return "text long" if letters > _LONG else "text short" if letters <= _SHORT else "text"
