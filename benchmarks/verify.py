@@ -5,7 +5,7 @@ of its own, default options) and of one run of `model.double()`. Allowed are six
 one of the latter for each input. `verify` is timed as it is called, with reading the file and
 making its session; the set-up is told apart as well.
 
-    python benchmarks/verify.py [NAME ...] [--size 96] [--repeat 3] [--output docs/verify_cost.json]
+    python -m benchmarks.verify [NAME ...] [--size 96] [--repeat 3] [--output docs/verify_cost.json]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ worst ones are what the limits of `Gate` were set by.
 
     python benchmarks/verify_gate.py [NAME[:SIZE] ...] [--seeds N] [--output FILE]
 
-All of it writes docs/verify_gate.json, from which docs/verify.md is made (verify_page.py).
+All of it writes docs/verify_gate.json, from which docs/verify.md is made by verify_page.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """docs/verify.md from what the other scripts measured and left as JSON beside it.
 
-    python benchmarks/verify_page.py [--docs FOLDER]
+    python -m benchmarks.verify_page [--docs FOLDER]
 
 Each section stands for one file, and says how the file is made where it is missing.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import mutants_page
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.verdict import KINDS
 
@@ -131,21 +132,21 @@ def zoo(document: Document) -> str:
 
 
 def mutants(document: Document) -> str:
-    """Return the table of caught mutants as its own script wrote it."""
-    return str(document["markdown"])
+    """Return the mutation score, as its own page writes it, without the heading."""
+    return mutants_page.section(document).split("\n\n", 1)[1].strip()
 
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[Document], str]], ...] = (
     ("The limits", "verify_gate.json", "python benchmarks/verify_gate.py", calibration),
-    ("Mutants", "mutants.json", "python benchmarks/mutants.py", mutants),
+    ("Mutation score", "mutants.json", "python -m benchmarks.mutants", mutants),
     ("No false alarm", "verify_zoo.json", "python -m benchmarks.verify_zoo", zoo),
-    ("Cost", "verify_cost.json", "python benchmarks/verify.py", cost),
+    ("Cost", "verify_cost.json", "python -m benchmarks.verify", cost),
 )
 
 
 def page(docs: Path) -> str:
     """Return the whole page."""
-    parts = ["# How far `verify` can be trusted", "", "`python benchmarks/verify_page.py`"]
+    parts = ["# How far `verify` can be trusted", "", "`python -m benchmarks.verify_page`"]
     for title, name, command, section in SECTIONS:
         path = docs / name
         body = f"Not measured yet: `{command}` writes docs/{name}."

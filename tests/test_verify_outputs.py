@@ -180,3 +180,57 @@ def test_weights_rounded_to_half_precision_are_caught() -> None:
     verdict = ds.verify(Body(), rounded, X)
     assert not verdict.ok
     assert "error beyond rounding" in verdict.outputs[0].reason
+
+
+# Sides that return something else each time
+
+
+class Unsteady(nn.Module):
+    """Noise that does not come from torch's generators."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.calls = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return x * (1 + self.scale * self.calls[0])
+
+
+@pytest.mark.parametrize("role", ["reference", "candidate"])
+def test_a_side_that_is_not_steady_is_named(role: str) -> None:
+    pair = [Unsteady(0.0), Unsteady(0.0)]
+    pair[role == "candidate"] = Unsteady(1e-3)
+    verdict = ds.verify(*pair, X)
+    assert not verdict.ok
+    other = {"reference": "candidate", "candidate": "reference"}[role]
+    assert f"the {role} returns other values when it is called again" in " ".join(verdict.notes)
+    assert f"the {other} returns" not in " ".join(verdict.notes)
+
+
+def test_a_batch_that_the_reference_cannot_average_is_left_out() -> None:
+    class Spread(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            # Not a number for one row.
+            return x / (x.var(0, correction=min(1, len(x) - 1)) / (len(x) - 1))
+
+    verdict = ds.verify(Spread(), Spread(), X)
+    assert verdict.ok, str(verdict)
+    assert any("the reference returns NaN on it" in note for note in verdict.notes)
+
+
+# Weights beside the file
+
+
+def test_a_file_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropsurgery import onnx_writer
+
+    monkeypatch.setattr(onnx_writer, "ONE_FILE_LIMIT", 100)
+    path = ds.export_onnx(Body().eval(), tmp_path / "m.onnx", X)
+    assert (tmp_path / "m.onnx.data").stat().st_size > 1000
+    assert ds.verify(Body(), path).ok
+    with open(tmp_path / "m.onnx.data", "r+b") as file:
+        file.seek(40)
+        file.write(b"\x00\x00\x00\x40")
+    assert not ds.verify(Body(), path).ok

@@ -117,12 +117,15 @@ def rounded_anew(reference: nn.Module, candidate: nn.Module) -> torch.dtype | No
     float64, and rounds them to the dtype of the old.
     """
     known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    shared = set()
     for tensor in _floats(reference):
         known.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+        shared.add(_memory(tensor))
     new = {
         tensor.dtype
         for tensor in _floats(candidate)
-        if not any(_same(tensor, k) for k in known.get((tensor.shape, tensor.dtype), []))
+        if _memory(tensor) not in shared
+        and not any(_same(tensor, k) for k in known.get((tensor.shape, tensor.dtype), []))
     }
     return max(new, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
@@ -143,7 +146,13 @@ def _floats(model: nn.Module) -> Iterator[Tensor]:
                 yield value
 
 
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
-        return True
-    return one.device == other.device and torch.equal(one.detach(), other.detach())
+    if one.device != other.device:
+        return False
+    if one.numel() and bool(one.detach().flatten()[-1] != other.detach().flatten()[-1]):
+        return False  # most are told apart by one number
+    return torch.equal(one.detach(), other.detach())
