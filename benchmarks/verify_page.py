@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import mutants_page
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.verdict import KINDS
 
@@ -131,51 +132,13 @@ def zoo(document: Document) -> str:
 
 
 def mutants(document: Document) -> str:
-    """Return how many defects each judge catches, by group, and whether the place is found."""
-    from benchmarks.mutants import REAL
-
-    judges = document["judges"]
-    made = [
-        (network, kind, record)
-        for network, records in document["networks"].items()
-        for kind, record in records.items()
-        if record["applies"]
-    ]
-    # An effect that is no number (a file that does not run, NaN) is a defect.
-    real = [m for m in made if m[2]["effect"] is None or m[2]["effect"] >= REAL]
-    harmless = [m for m in made if m not in real]
-    groups = dict.fromkeys(document["groups"][kind] for _, kind, _ in real)
-    rows = []
-    for group in [*groups, None]:
-        part = [r for _, k, r in real if group is None or document["groups"][k] == group]
-        shares = [f"{sum(r['caught'][judge] for r in part)}" for judge in judges]
-        rows.append((group or "all", len(part), *shares))
-    missed = [(n, k) for n, k, r in real if not r["caught"]["dropsurgery"]]
-    alarms = [(n, k) for n, k, r in harmless if r["caught"]["dropsurgery"]]
-    located = [r for _, _, r in real if r["caught"]["dropsurgery"]]
-    right = sum(bool(r["right"]) for r in located)
-    lines = [
-        f"{len(made)} mutants: {len({k for _, k, _ in made})} kinds of defect in "
-        f"{len(document['networks'])} networks. {len(real)} move an output by {REAL:.0f} times "
-        "the network's own error or more, in float64; the table counts how many of these each "
-        "judge catches.",
-        "",
-        table(("group", "defects", *judges), rows),
-        "",
-        f"Not caught by dropsurgery: {', '.join(f'{n} {k}' for n, k in missed) or 'none'}. "
-        f"Of the {len(harmless)} others, {len(alarms)} were reported all the same"
-        + (f": {', '.join(f'{n} {k}' for n, k in alarms)}." if alarms else "."),
-    ]
-    if located:
-        share = 100 * right / len(located)
-        lines += ["", f"The module that was changed was found in {right} of {len(located)} "
-                  f"({share:.1f} %)."]  # fmt: skip
-    return "\n".join(lines)
+    """Return the mutation score, as its own page writes it, without the heading."""
+    return mutants_page.section(document).split("\n\n", 1)[1].strip()
 
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[Document], str]], ...] = (
     ("The limits", "verify_gate.json", "python benchmarks/verify_gate.py", calibration),
-    ("Mutants", "mutants.json", "python -m benchmarks.mutants", mutants),
+    ("Mutation score", "mutants.json", "python -m benchmarks.mutants", mutants),
     ("No false alarm", "verify_zoo.json", "python -m benchmarks.verify_zoo", zoo),
     ("Cost", "verify_cost.json", "python -m benchmarks.verify", cost),
 )

@@ -273,8 +273,7 @@ def export(
     with working(f"exporting {model}"):
         loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        result = ds.apply(loaded.module, *(SLIM if slim else ()))
-        network = result.module if slim else loaded.module
+        network = ds.slim(loaded.module) if slim else loaded.module
         ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
         counts = onnx_census(output)
     verdict = None
@@ -288,7 +287,8 @@ def export(
     size = output.stat().st_size
     if report is not None:
         with working(f"measuring {output}"):
-            story = cli_report.of_export(loaded, result, output, inputs, verdict)
+            done = ds.apply(loaded.module, *(SLIM if slim else ()))
+            story = cli_report.of_export(loaded, done, output, inputs, verdict)
             cli_report.save(report, story)
     if as_json:
         told = verdict.to_json() if verdict is not None else None

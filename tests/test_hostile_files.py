@@ -29,7 +29,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         [sys.executable, "-m", "tests.hostile_files", str(folder), str(FUZZED)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=Path(__file__).parent.parent,
     )
     told = [json.loads(line) for line in done.stdout.splitlines()]
