@@ -128,7 +128,9 @@ def effect(exact: Outputs, mutant: Outputs | None, own: Mapping[str, float]) -> 
             return float("inf")
         difference = np.sqrt(np.mean(np.square(after - before)))
         size = np.sqrt(np.mean(np.square(before)))
-        worst = max(worst, float(difference / max(own[name], 1e-9 * size)))
+        # An error of less than the spacing of float32 numbers is luck.
+        rounding = max(own[name], np.finfo(np.float32).eps * size)
+        worst = max(worst, float(difference / max(rounding, np.finfo(np.float64).tiny)))
     return worst
 
 

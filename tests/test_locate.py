@@ -469,3 +469,24 @@ def test_recurrent_layers_return_several_tensors(tmp_path: Path) -> None:
         set_weight(file, name, values)
 
     assert ds.locate(model, edited(path, sign)).module == "lstm"
+
+
+def test_a_value_without_its_axes_is_blamed_and_not_its_reader(tmp_path: Path) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.conv(self.pool(x)).sigmoid()
+
+    model = randomize(Gate()).eval()
+    path = ds.export_onnx(model, tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
+
+    def squeeze(file: onnx.ModelProto) -> None:
+        attribute(nodes(file, "ReduceMean")[0], "keepdims").i = 0
+
+    location = ds.locate(model, edited(path, squeeze))
+    assert location.module == "pool", str(location)
+    assert "shape (3, 3) instead of (3, 3, 1, 1)" in location.conclusion

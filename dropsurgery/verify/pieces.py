@@ -286,6 +286,13 @@ class Pieces:
         if self.failure is not None:
             blamed = [node for node in self.graph.nodes if node.name == self.failure.node]
             node = (blamed or self.graph.nodes)[0]
+            for name in node.inputs:  # of a shape that torch has not, it is given what cannot fit
+                ref = self.pairs.get(name)
+                native = None if ref is None else self.recording.native(ref)
+                if native is not None and native.shape != self.values[name].shape:
+                    shape = tuple(self.values[name].shape)
+                    reason = f"shape {shape} instead of {tuple(native.shape)}"
+                    return self._bare(self.makers[name]), reason
             return self._bare(node), f"does not run: {self.failure}"
         names = list(self.recording.outputs)
         for name, ref in zip(self.graph.outputs, self.recording.outputs.values(), strict=False):
