@@ -30,8 +30,8 @@ class Planner:
     For every map y = s·x + t, in the order of the graph, its scale and its shift leave it where
     they can: back, where that is possible, else forward. The scale goes first where it goes back
     (what is left of the shift is then t), and last where it goes forward (so that a shift that
-    goes forward, too, need not be divided by a scale of zero). Of two ways for the scale the one
-    that touches fewer layers is taken. A map is tried again once others have gone.
+    goes forward, too, need not be divided by a scale of zero). A map is tried again once others
+    have gone.
 
     Args:
         module: the traced module.
