@@ -58,8 +58,10 @@ def net() -> nn.Module:
 @pytest.fixture(scope="module")
 def files(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, x = tmp_path_factory.mktemp("net"), torch.randn(1, 3, 16, 16)
+    folded = ds.apply(net, ds.FoldBatchNorm()).module
     return {
         "plain": ds.export_onnx(net, folder / "plain.onnx", x),
+        "folded": ds.export_onnx(folded, folder / "folded.onnx", x),
         "slim": ds.export_onnx(ds.slim(net), folder / "slim.onnx", x),
     }
 
@@ -180,7 +182,7 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-@pytest.mark.parametrize("form", ["plain", "slim"])
+@pytest.mark.parametrize("form", ["plain", "folded"])
 def test_the_place_is_the_module_that_was_changed(
     net: nn.Module, files: dict[str, Path], form: str, name: str
 ) -> None:
@@ -385,9 +387,19 @@ def test_a_traced_reference_names_functions_by_their_modules(
     net: nn.Module, files: dict[str, Path]
 ) -> None:
     reference = ds.retrofit(net, final_survival=0.5)
-    assert not ds.locate(reference, files["slim"], seeds=(0,))
-    location = ds.locate(reference, edited(files["slim"], skipped_residual))
+    assert not ds.locate(reference, files["folded"], seeds=(0,))
+    location = ds.locate(reference, edited(files["folded"], skipped_residual))
     assert location.module == "blocks.1"
+
+
+@pytest.mark.parametrize("name", ["skipped_activation", "head_bias", "padding"])
+def test_values_that_slim_rescaled_are_compared_with_the_slim_network(
+    net: nn.Module, files: dict[str, Path], name: str
+) -> None:
+    edit, module = DEFECTS[name]
+    assert not ds.locate(net, files["slim"], seeds=(0,))
+    location = ds.locate(ds.slim(net), edited(files["slim"], edit))
+    assert location.module == module, str(location)
 
 
 def test_plain_data_and_text(net: nn.Module, files: dict[str, Path]) -> None:

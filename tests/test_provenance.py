@@ -87,7 +87,7 @@ def test_a_record_tells_what_was_verified(path: Path) -> None:
     assert check.record["seeds"] == {"seeds": [0, 1, 2]}
     assert check.record["verdict"]["candidate"] == "m.onnx"
     assert "EQUIVALENT" in check.record["verdict"]["text"]
-    assert "FoldBatchNorm" in check.record["passes"]["passes"]
+    assert "FoldAffine" in check.record["passes"]["passes"]
     assert set(check.record["versions"]) >= {"torch", "onnx", "onnxruntime", "dropsurgery"}
 
 

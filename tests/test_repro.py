@@ -32,7 +32,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     torch.manual_seed(0)
     model = randomize(Net()).eval()
     path = tmp_path_factory.mktemp("net") / "net.onnx"
-    return model, ds.export_onnx(ds.slim(model), path, torch.randn(1, 3, 16, 16))
+    return model, ds.export_onnx(
+        ds.apply(model, ds.FoldBatchNorm()).module, path, torch.randn(1, 3, 16, 16)
+    )
 
 
 def run(folder: Path) -> str:

@@ -47,6 +47,10 @@ def locate(
     of torch's own. The first piece in order of execution whose local error is no rounding is the
     place. Inputs are tried in turn until one shows a place.
 
+    `slim` moves scales and shifts through values, which then have no twin in the original network.
+    A difference may be put down to such a value; with the slim network as the reference, the place
+    in a file of it is exact.
+
     The file's graph runs without onnxruntime's optimiser, which would leave values out. The network
     is not changed. Needs memory for all activations of one input, about four times over.
 
