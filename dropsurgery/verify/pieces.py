@@ -96,10 +96,14 @@ class Pieces:
             return self.graph.run(self.feeds)
         except RunError as error:
             self.failure = error
-        try:
-            return self.graph.run_before(self.failure.node or "", self.feeds)
-        except RunError:
-            return {}
+        for _ in self.graph.nodes:
+            try:
+                return self.graph.run_before(self.failure.node or "", self.feeds)
+            except RunError as error:  # sizes that do not fit are told of behind what fails
+                if error.node in (None, self.failure.node):
+                    break
+                self.failure = error
+        return {}
 
     def _fed(self) -> dict[str, Tensor]:
         """Return torch's tensors in the shapes and dtypes of the values that they replace."""
@@ -137,15 +141,16 @@ class Pieces:
                 behind[name] = max(behind.get(name, 0.0), worst)
         return {name: ref for name, ref in pairs.items() if name not in dropped}
 
-    def _error(self, name: str, ref: Ref) -> tuple[float, float, float]:
-        """Return a value's accumulated error, torch's own, and their ratio over its limit."""
+    def _error(self, name: str, ref: Ref) -> tuple[float, float, float, str]:
+        """Weigh a value's accumulated error; see `_weigh`."""
         value = self.values[name]
         native, wide = self.recording.native(ref), self.recording.wide(ref)
         if value.numel() != native.numel():
-            return float("inf"), 0.0, float("inf")
+            reason = f"shape {tuple(value.shape)} instead of {tuple(native.shape)}"
+            return float("inf"), 0.0, float("inf"), reason
         tally = Tally(native.dtype)
         tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
-        return self._weigh(tally)[:3]
+        return self._weigh(tally)
 
     def replay(self, ref: Ref) -> Replay:
         """Compute a tensor of the network again in float64, from torch's own paired ones."""
@@ -169,7 +174,7 @@ class Pieces:
         """Yield one step for each pair, in order of execution."""
         for name, ref in self.pairs.items():
             event = self.recording.events[ref.event]
-            error, own, _ = self._errors[name]
+            error, own, _, _ = self._errors[name]
             replay = self.replay(ref)
             local, local_own, ratio, reason = self._local(name, ref, replay)
             node, path = self._blamed(name, ref, replay)
@@ -190,7 +195,9 @@ class Pieces:
 
     def _local(self, name: str, ref: Ref, replay: Replay) -> tuple[float, float, float, str]:
         native = self.recording.native(ref)
-        value = self.local.get(name, self.values[name])
+        if name not in self.local:  # the graph does not run from torch's own: what there is
+            return self._errors[name]
+        value = self.local[name]
         if value.numel() != native.numel():
             reason = f"shape {tuple(value.shape)} instead of {tuple(native.shape)}"
             return float("inf"), 0.0, float("inf"), reason
