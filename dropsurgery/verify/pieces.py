@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from dropsurgery.verify.cases import Case
-from dropsurgery.verify.gate import Gate, Tally, errors
+from dropsurgery.verify.local_error import Weighed, weigh
 from dropsurgery.verify.location import Location, Step
 from dropsurgery.verify.marked import MarkedGraph, Node, RunError
 from dropsurgery.verify.onnx_file import feeds_for
 from dropsurgery.verify.pairing import Pairing, expected_pairs
 from dropsurgery.verify.recording import Recording, Ref, Replay
 
-# One operation may be exact in torch, by luck or because it only moves data, and a few units of
-# rounding off in another runtime, whose exponentials are polynomials of its own and whose norms may
-# lose digits where a mean is large.
-LOCAL_GATE = Gate(rmse=12.0, maximum=24.0, typical=24.0, mean=24.0, floor=8.0)
-# Next to zero, a norm divides what is left after a subtraction of what is nearly alike.
-_FAINT = 8.0
 _FAR = 100.0  # times the limit: no rounding, and no small defect
 
 # Operations that move data and compute nothing, of ONNX and of torch.
@@ -132,7 +126,7 @@ class Pieces:
             worst = 0.0
             for name in node.outputs:
                 after = behind.get(name)
-                error = self._errors[name][2] if name in pairs else None
+                error = self._errors[name].ratio if name in pairs else None
                 if error is not None and after is not None and error > _FAR and after <= 1:
                     dropped.add(name)
                     error = None
@@ -141,16 +135,10 @@ class Pieces:
                 behind[name] = max(behind.get(name, 0.0), worst)
         return {name: ref for name, ref in pairs.items() if name not in dropped}
 
-    def _error(self, name: str, ref: Ref) -> tuple[float, float, float, str]:
-        """Weigh a value's accumulated error; see `_weigh`."""
-        value = self.values[name]
+    def _error(self, name: str, ref: Ref) -> Weighed:
+        """Weigh a value's accumulated error."""
         native, wide = self.recording.native(ref), self.recording.wide(ref)
-        if value.numel() != native.numel():
-            reason = f"shape {tuple(value.shape)} instead of {tuple(native.shape)}"
-            return float("inf"), 0.0, float("inf"), reason
-        tally = Tally(native.dtype)
-        tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
-        return self._weigh(tally)
+        return weigh(native, wide, self.values[name], faint=self.case.faint)
 
     def replay(self, ref: Ref) -> Replay:
         """Compute a tensor of the network again in float64, from torch's own paired ones."""
@@ -174,9 +162,9 @@ class Pieces:
         """Yield one step for each pair, in order of execution."""
         for name, ref in self.pairs.items():
             event = self.recording.events[ref.event]
-            error, own, _, _ = self._errors[name]
+            accumulated = self._errors[name]
             replay = self.replay(ref)
-            local, local_own, ratio, reason = self._local(name, ref, replay)
+            local = self._local(name, ref, replay)
             node, path = self._blamed(name, ref, replay)
             yield Step(
                 module=path,
@@ -185,27 +173,20 @@ class Pieces:
                 value=name,
                 torch=f"{event.path or 'the root'}: {event.name}",
                 shape=tuple(self.recording.native(ref).shape),
-                local=local,
-                local_own=local_own,
-                ratio=ratio,
-                accumulated=error,
-                accumulated_own=own,
-                reason=reason,
+                local=local.error,
+                local_own=local.own,
+                ratio=local.ratio,
+                accumulated=accumulated.error,
+                accumulated_own=accumulated.own,
+                reason=local.reason,
             )
 
-    def _local(self, name: str, ref: Ref, replay: Replay) -> tuple[float, float, float, str]:
-        native = self.recording.native(ref)
+    def _local(self, name: str, ref: Ref, replay: Replay) -> Weighed:
         if name not in self.local:  # the graph does not run from torch's own: what there is
             return self._errors[name]
-        value = self.local[name]
-        if value.numel() != native.numel():
-            reason = f"shape {tuple(value.shape)} instead of {tuple(native.shape)}"
-            return float("inf"), 0.0, float("inf"), reason
         # Where a tensor on the way was written to in place, nothing tells what it was made of.
         wide = self.recording.wide(ref) if replay.opaque else replay.values[ref]
-        tally = Tally(native.dtype)
-        tally.add(native, wide, value.reshape(native.shape).to(native.dtype), self.case.label)
-        return self._weigh(tally)
+        return weigh(self.recording.native(ref), wide, self.local[name], faint=self.case.faint)
 
     def piece(self, name: str) -> list[Node]:
         """Return the nodes that compute a value from other paired values, in order."""
@@ -322,18 +303,3 @@ class Pieces:
     def _bare(self, node: Node) -> Step:
         shape = tuple(self.values[node.outputs[0]].shape) if node.outputs[0] in self.values else ()
         return Step(node.path or "", node.name, node.op, node.outputs[0], "", shape)
-
-    def _weigh(self, tally: Tally) -> tuple[float, float, float, str]:
-        """Return (error, torch's own, the worst ratio over its limit, what is wrong)."""
-        if tally.problem.startswith("the reference itself returns NaN"):
-            return 0.0, 0.0, 0.0, ""
-        if tally.problem:
-            return float("inf"), 0.0, float("inf"), tally.problem
-        found = errors(tally, LOCAL_GATE)
-        if found is None:
-            return 0.0, 0.0, 0.0, ""
-        worst = max(found.ratios, key=lambda ratio: ratio.value / ratio.limit)
-        limit = worst.limit * (_FAINT if self.case.faint else 1.0)
-        ratio = worst.value / limit
-        reason = f"{worst.kind} ratio {worst.value:.3g} > {limit:.2g}" if ratio > 1 else ""
-        return found.candidate, found.reference, ratio, reason
