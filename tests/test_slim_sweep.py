@@ -15,7 +15,7 @@ import dropsurgery as ds
 from benchmarks import half_precision, latency
 from benchmarks.slim import ours, page, peers
 from benchmarks.slim.counting import network, norm_calls, onnx_counts, told
-from benchmarks.zoo import sweep
+from benchmarks.zoo import catalogue, sweep
 from benchmarks.zoo.catalogue import Entry
 from tests.helpers import randomize
 
@@ -121,10 +121,16 @@ def test_both_sides_make_a_row_of_a_real_model() -> None:
     assert row["fx"]["norms"] <= row["norms"]
 
 
-def test_each_model_that_the_project_names_is_exported() -> None:
-    entries = page.entries()
-    assert {f"timm:{name}" for name in page.ASKED} <= page.exported(entries)
-    assert page.exported(entries) <= {entry.label for entry in entries}
+def test_each_family_and_each_model_that_the_project_names_stand_in_the_sweep() -> None:
+    found = page.entries()
+    labels = [entry.label for entry in found]
+    assert len(labels) == len(set(labels))
+    assert {f"timm:{name}" for name in page.ASKED} <= set(labels)
+    families = {(entry.source, entry.family) for entry in catalogue.entries()}
+    assert {(entry.source, entry.family) for entry in found} == families
+
+
+def test_a_digest_depends_on_what_it_is_told() -> None:
     assert sweep.digest_of([], []) != sweep.digest_of([1], [])
 
 

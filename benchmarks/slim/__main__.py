@@ -27,7 +27,6 @@ def main() -> None:
     chosen = sweep.matching(every, options.only)
     if not chosen:
         parser.error(f"no model matches {options.only!r}")
-    exported = page.exported(every)
     counting = HERE / "counting.py"
     sides = {
         "peers": (peers.measure, [counting, HERE / "peers.py"]),
@@ -38,15 +37,9 @@ def main() -> None:
         if options.side not in (None, side):
             continue
         mark = sweep.digest_of(sweep.versions(page.TOOLS), sources)
-        made = {}
-        for with_onnx in (True, False):
-            some = [entry for entry in chosen if (entry.label in exported) == with_onnx]
-            work = partial(measure, with_onnx=with_onnx)
-            for row in sweep.rows_of(
-                some, options.cache / side, work, mark, timeout=options.timeout
-            ):
-                made[f"{row['source']}:{row['name']}"] = row
-        rows[side] = made
+        work = partial(measure, with_onnx=True)
+        made = sweep.rows_of(chosen, options.cache / side, work, mark, timeout=options.timeout)
+        rows[side] = {f"{row['source']}:{row['name']}": row for row in made}
     if options.side is not None:
         return
     models = page.joined(chosen, rows["peers"], rows["ours"])

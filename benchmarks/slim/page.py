@@ -38,9 +38,9 @@ Every model has random BatchNorm statistics, gains in [0.5, 1.5] and biases, and
 at the smallest input that it takes. **BN** counts calls of a BatchNorm in the graph. **ours** is
 `ds.slim(model, example_inputs=x)`; **signed**: the same with one gain in twenty negative, which a
 ReLU lets through less easily. **error** is the largest difference to the original over the largest
-value, both in float64. **ONNX** columns count nodes / BatchNormalization nodes, for the smallest
-model of each family and those that the project names. Models of {META_ONLY // 10**6} M parameters
-and more are left out, and those without a BatchNorm are told in the summary only.
+value, both in float64. **ONNX** columns count nodes / BatchNormalization nodes. The models are the
+smallest of each family and those that the project names; {META_ONLY // 10**6} M parameters and more
+are left out, and models without a BatchNorm are told in the summary only.
 """
 HEADER = (
     "model", "BN", "torch.fx", "timm", "ours", "signed", "error",
@@ -49,20 +49,15 @@ HEADER = (
 
 
 def entries() -> list[Entry]:
-    """Return the models of the zoo, and those that the project names beside them."""
-    found = catalogue.entries()
+    """Return the smallest model of each family of the zoo, and those that the project names."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in catalogue.entries():
+        first.setdefault((entry.source, entry.family), entry)
+    found = list(first.values())
     missing = set(ASKED) - {entry.name for entry in found if entry.source == "timm"}
     for family, names in catalogue.timm_families().items():
         found += [Entry("timm", family, name) for name in names if name in missing]
     return found
-
-
-def exported(entries: Iterable[Entry]) -> set[str]:
-    """Return the labels of the models whose ONNX files are compared."""
-    first: dict[tuple[str, str], str] = {}
-    for entry in entries:
-        first.setdefault((entry.source, entry.family), entry.label)
-    return {*first.values(), *(f"timm:{name}" for name in ASKED)}
 
 
 def joined(
@@ -118,12 +113,7 @@ def _done(rows: Iterable[Row]) -> list[Row]:
 def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     done = _done(rows)
     sample = catalogue.sample()
-    first = exported(entries())
-    family = [
-        row
-        for row in done
-        if row["source"] == "timm" and row["name"] in sample and f"timm:{row['name']}" in first
-    ]
+    family = [row for row in done if row["source"] == "timm" and row["name"] in sample]
     errors = [row[kind]["error"] for row in done for kind in ("slim", "signs") if kind in row]
     worst = max(errors, default=0.0)
     return [
