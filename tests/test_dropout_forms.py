@@ -342,6 +342,27 @@ def test_layers_that_calls_share_are_converted_and_restored_once() -> None:
         assert not is_random(convert(back, "identity"), x)
 
 
+@pytest.mark.parametrize("form", ["identity", "gaussian"])
+def test_a_block_at_two_paths_is_converted_and_restored_under_both(form: str) -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = block, block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    before = ds.trace(Twice())
+    there = ds.apply(Twice(), ConvertDropout(form)).module
+    assert not any(isinstance(layer, nn.Dropout) for layer in there.modules())
+    back = ds.apply(there, ConvertDropout("original")).module
+    names = [name for name, _ in before.named_modules(remove_duplicate=False)]
+    assert [name for name, _ in back.named_modules(remove_duplicate=False)] == names
+    assert back.code == before.code
+
+
 def test_two_graphs_are_converted_and_restored() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:

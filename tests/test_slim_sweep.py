@@ -35,6 +35,7 @@ def test_ours_counts_what_is_left_and_tells_why() -> None:
     assert row["norms"] == [2, 1]
     assert row["nodes"][1] < row["nodes"][0]
     assert row["error"] <= page.EXACT
+    assert 0 < row["own"] < 1e-13
     assert sum(row["reasons"].values()) == 1
 
 
@@ -88,6 +89,7 @@ def test_random_gains_are_positive_or_signed() -> None:
 def row_of(name: str, left: int, error: float, status: str = "ok") -> dict[str, Any]:
     slim = {
         "nodes": [9, 7], "norms": [4, left], "parameters": [10, 8], "seconds": 0.1, "error": error,
+        "own": 1e-16,
         "reasons": {"its input comes from add '…'": left} if left else {},
     }  # fmt: skip
     tools = {tool: {"nodes": 8, "norms": 3, "convolutions": 2} for tool in page.TOOLS_ONNX}
@@ -106,6 +108,7 @@ def test_the_page_tells_what_is_left_what_is_not_exact_and_what_failed() -> None
     ]
     text = page.write(rows, {"torch": "1"})
     assert "| 2 of 4; worst 1.0e-09 |" in text
+    assert "| 0 of the other 2 |" in text
     assert "- densenet121: 1 of 4. 1 times its input comes from add '…'" in text
     assert "- resnet34: not done after 300 s" in text
     assert "| densenet121 | 3 | 3 | 3 | as few as possible | 1 |" in text

@@ -76,7 +76,16 @@ def slimmed(model: nn.Module, x: Tensor) -> Row:
     with torch.no_grad():
         pairs = zip(tensors_of(model(x)), tensors_of(result.module(x)), strict=True)
         found["error"] = max(relative(ours, own) for own, ours in pairs)
+        found["own"] = rounding(model, x)
     return found
+
+
+def rounding(model: nn.Module, x: Tensor) -> float:
+    """Return how far an output moves where each input moves by the rounding of float64."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    moved = x * (1.0 + noise * torch.finfo(x.dtype).eps / 2)
+    pairs = zip(tensors_of(model(x)), tensors_of(model(moved)), strict=True)
+    return max(relative(other, own) for own, other in pairs)
 
 
 def exported(model: nn.Module, x: Tensor) -> Row:

@@ -177,6 +177,8 @@ class Recorder:
             parent, _, name = path.rpartition(".")
             owner = self.module.get_submodule(parent)
             names = list(owner._modules)
+            if name not in names:
+                continue  # its owner stands at several paths, and was visited
             behind = tuple(names[names.index(name) + 1 :])
             places.setdefault(id(layer), []).append((parent, name, behind))
             follows[id(layer)] = (layer, layer.training == owner.training)
