@@ -26,10 +26,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The sweep over the models of timm and torchvision: docs/zoo.md, docs/zoo.json. It goes on where an
-# interrupted one stopped; ZOO_ARGS="--only 'timm:vit*'" or --structure-only for a part of it.
+# The sweeps over the models of timm and torchvision: docs/zoo.md, docs/slim.md and the JSON beside
+# them. They go on where an interrupted one stopped; ZOO_ARGS="--only 'timm:vit*'" for a part.
 zoo: $(STAMP)
+	$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.slim $(ZOO_ARGS)
 
 # Writes what is installed down as the new constraints. torch goes without its build (+cpu, +cu130),
 # so that pip takes the one that the machine's own index or --find-links offers.
