@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import dropsurgery as ds
-from benchmarks.zoo.page import table
+from benchmarks.markdown import table
 from dropsurgery.models import import_timm
 
 MODELS = {

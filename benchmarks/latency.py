@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import dropsurgery as ds
 from benchmarks.half_precision import calibrated
-from benchmarks.zoo.page import table
+from benchmarks.markdown import table
 
 RESULTS = Path("docs/latency.json")
 MODELS = {

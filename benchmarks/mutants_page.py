@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.markdown import table
+
 # Where a float64 run of the mutant is further off than this many times the network's own error in
 # float32, it is a defect; a comparison of float32 outputs cannot tell less from rounding.
 REAL = 4.0
@@ -81,7 +83,7 @@ def _scores(groups: dict[str, str], real: list[Any], judges: list[str]) -> str:
         if inside:
             rows.append([group, len(inside), *_shares(inside, judges)])
     rows.append(["**all**", len(real), *_shares([record for *_, record in real], judges)])
-    return _table(["defects in", "mutants", *judges], rows)
+    return table(["defects in", "mutants", *judges], rows)
 
 
 def _shares(records: list[Record], judges: list[str]) -> list[str]:
@@ -102,7 +104,7 @@ def _networks(networks: dict[str, Any], real: list[Any]) -> str:
         places = sum(record.get("seconds_to_locate", 0.0) for record in kinds.values())
         rows.append([name, len(here), len(caught), right, f"{seconds:.0f} s", f"{places:.0f} s"])
     columns = ["network", "defects", "caught", "place right", "verifying", "locating"]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _small(records: list[Any]) -> str:
@@ -128,7 +130,7 @@ def _exceptions(title: str, entries: Iterable[Any]) -> str:
     if not rows:
         return ""
     columns = ["network", "defect", "effect", "changed", "told"]
-    return f"### {title}\n\n" + _table(columns, rows)
+    return f"### {title}\n\n" + table(columns, rows)
 
 
 def _effect(record: Record) -> str:
@@ -137,8 +139,3 @@ def _effect(record: Record) -> str:
 
 def _told(record: Record) -> str:
     return f"`{record['found']}`" if record.get("found") is not None else "-"
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
+
 NAMES = {
     "resnet110": "ResNet-110 (CIFAR), 32²",
     "resnet50": "ResNet-50, 128²",
@@ -71,12 +73,6 @@ def write(results: Path) -> None:
         parts += ["## Peak memory", memory_table(document["memory"])]
     parts += ["## What others publish", PUBLISHED]
     results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ordered(steps: dict[str, Any]) -> list[str]:

@@ -11,23 +11,18 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import mutants_page
+from benchmarks.markdown import table
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.verdict import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 Document = dict[str, Any]
 _LIMITS = {"rmse": "rmse", "max": "maximum", "typical": "typical", "mean": "mean"}
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def calibration(document: Document) -> str:

@@ -10,14 +10,13 @@ sweep that was stopped goes on where it was; the whole writes docs/verify_zoo.js
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
 import tempfile
 import time
 import warnings
-from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,7 @@ Row = dict[str, Any]
 
 def fingerprint() -> str:
     """Return a digest of everything that a row depends on."""
-    digest = hashlib.sha256(json.dumps(sweep.versions()).encode())
-    for path in (*SOURCES, Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return sweep.digest_of(sweep.versions(), (*SOURCES, Path(__file__)))
 
 
 def smallest(entry: Entry) -> tuple[nn.Module, Tensor] | str:
@@ -119,35 +115,20 @@ def _worst(outputs: tuple[Any, ...]) -> dict[str, float]:
     return worst
 
 
-def _child(writer: Connection, entry: Entry) -> None:
+def guarded(entry: Entry) -> Row:
+    """Check one model; a defect of ours is a row, too."""
     try:
-        row = check(entry)
-    except Exception as error:  # a defect of ours is a row, too
-        row = {"label": entry.label, "family": entry.family, "status": "error"}
-        row["why"] = f"{type(error).__name__}: {error}"
-    writer.send(row)
-    writer.close()
+        return check(entry)
+    except Exception as error:
+        return {"status": "error", "error": f"{type(error).__name__}: {error}"}
 
 
-def isolated(context: Any, entry: Entry, timeout: float) -> Row:
-    """Check one model in a process of its own."""
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(writer, entry))
-    process.start()
-    writer.close()
-    failed: Row = {"label": entry.label, "family": entry.family}
-    try:
-        if not reader.poll(timeout):
-            return {**failed, "status": "timeout", "why": f"not done after {timeout:.0f} s"}
-        row: Row = reader.recv()
-        return row
-    except EOFError:
-        process.join()
-        return {**failed, "status": "crash", "why": f"exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-        reader.close()
+def judged(context: ForkServerContext, entry: Entry, timeout: float) -> Row:
+    """Return the row of one model, which says why there is no verdict where there is none."""
+    row = sweep.isolated(context, entry, guarded, timeout)
+    if "error" in row:
+        row["why"] = row.pop("error")
+    return {"label": entry.label, "family": entry.family, **row}
 
 
 def main() -> None:
@@ -172,7 +153,7 @@ def main() -> None:
         if row.get("fingerprint") != mark:
             if options.limit is not None and new >= options.limit:
                 continue
-            row = {**isolated(context, entry, options.timeout), "fingerprint": mark}
+            row = {**judged(context, entry, options.timeout), "fingerprint": mark}
             path.write_text(json.dumps(row))
             new += 1
             told = row.get("problems") or row.get("why") or row.get("ratios")

@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.zoo import catalogue
 from benchmarks.zoo.catalogue import META_ONLY, Entry
-from benchmarks.zoo.page import table
 
 Row = dict[str, Any]
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.zoo import catalogue, reasons
 from benchmarks.zoo.catalogue import META_ONLY, RATE
 
@@ -354,14 +355,6 @@ def _kept(row: Row) -> str:
 
 def _label(row: Row) -> str:
     return f"{row['source']}:{row['name']}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
 
 
 def _list(items: Sequence[str]) -> str:

@@ -127,7 +127,8 @@ def rows_of(
             path = _path(cache, entry)
             row = None if fresh else _cached(path, mark)
             if row is None:
-                row = _isolated(context, entry, work, timeout)
+                row = isolated(context, entry, work, timeout)
+                row = {"source": entry.source, "family": entry.family, "name": entry.name, **row}
                 row["fingerprint"] = mark
                 if row["status"] in ("ok", "error"):  # what took too long may be tried again
                     path.write_text(json.dumps(row))
@@ -169,26 +170,25 @@ def _cached(path: Path, mark: str) -> Row | None:
     return row if row.get("fingerprint") == mark else None
 
 
-def _isolated(
+def isolated(
     context: multiprocessing.context.ForkServerContext,
     entry: Entry,
     work: Callable[[Entry], Row],
     timeout: float,
 ) -> Row:
-    """Make the row of one model in a process of its own."""
+    """Make the row of one model in a process of its own; of one that fails, status and error."""
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(writer, entry, work))
     process.start()
     writer.close()
-    failed: Row = {"source": entry.source, "family": entry.family, "name": entry.name}
     try:
         if not reader.poll(timeout):
-            return {**failed, "status": "timeout", "error": f"not done after {timeout:.0f} s"}
+            return {"status": "timeout", "error": f"not done after {timeout:.0f} s"}
         row: Row = reader.recv()
         return row
     except EOFError:
         process.join()
-        return {**failed, "status": "crash", "error": f"exit code {process.exitcode}"}
+        return {"status": "crash", "error": f"exit code {process.exitcode}"}
     finally:
         process.kill()
         process.join()
