@@ -50,7 +50,31 @@ def _table(c: int) -> nn.Module:
     return holder
 
 
-def _tokens(layer: nn.Module, x: Tensor) -> Tensor:
+def _stored(*sizes: int) -> nn.Module:
+    holder = nn.Module()
+    holder.value = nn.Parameter(torch.rand(sizes))
+    return holder
+
+
+def _with_token(n: nn.Module, x: Tensor) -> Tensor:
+    """Join a token in front, mix the channels with a matrix, and take the token off again."""
+    y = torch.cat([n[0].value.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    return (y @ n[1].value)[:, 1:].transpose(1, 2).reshape(x.shape)
+
+
+def _looked_up(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Add a row of a table for every place of the image."""
+    rows = layer(torch.ones_like(x[:, 0]).cumsum(1).long() % 2)
+    return x + rows.permute(0, 3, 1, 2)
+
+
+def _attend(n: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    q, v = (value.flatten(2).transpose(1, 2) for value in (y, x))
+    z = F.scaled_dot_product_attention(n[0](q), n[1](q), n[2](v))
+    return z.transpose(1, 2).reshape(x.shape)
+
+
+def _tokens(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
@@ -108,6 +132,25 @@ OPERATIONS: dict[str, tuple[Callable[[int], nn.Module] | None, Callable[..., Ten
     "layer scale": (_vector, lambda n, x, y: x * n.value),
     "offset": (_vector, lambda n, x, y: x - n.value),
     "position": (_table, lambda n, x, y: x + n.value),
+    "gain": (_table, lambda n, x, y: x * n.value),
+    "matrix": (lambda c: _stored(c, c), lambda n, x, y: _tokens(lambda t: t @ n.value, x)),
+    "rows": (
+        lambda c: _stored(c, c),
+        lambda n, x, y: torch.matmul(n.value, x.flatten(2)).reshape(x.shape),
+    ),
+    "token": (
+        lambda c: nn.ModuleList([_stored(1, 1, c), _stored(c, c)]),
+        lambda n, x, y: _with_token(n, x),
+    ),
+    "embedding": (lambda c: nn.Embedding(2, c, padding_idx=0), lambda n, x, y: _looked_up(n, x)),
+    "table": (
+        lambda c: _stored(2, c),
+        lambda n, x, y: _looked_up(lambda ids: F.embedding(ids, n.value), x),
+    ),
+    "attention": (
+        lambda c: nn.ModuleList([nn.Linear(c, c) for _ in range(3)]),
+        lambda n, x, y: _attend(n, x, y),
+    ),
     "half": (None, lambda n, x, y: x * 0.5),
     "one more": (None, lambda n, x, y: 1.0 + x),
     "permute": (None, lambda n, x, y: x.permute(0, 2, 3, 1).permute(0, 3, 2, 1)),

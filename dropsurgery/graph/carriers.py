@@ -1,4 +1,4 @@
-"""What can take an affine map into its weights: layers, and the affine part of normalisations."""
+"""What can take an affine map into its weights: layers, normalisations' affine parts, tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from dropsurgery.graph.affine import Refused, argument, stored_tensor
 from dropsurgery.graph.channels import Shapes, channel_axis
 from dropsurgery.graph.leaves import forward_owner, has_hooks
+from dropsurgery.graph.stored import read_stored
 from dropsurgery.graph.uses import Uses
 from dropsurgery.graph.weighted import Weighted, read_weighted
 
@@ -43,7 +44,7 @@ def read_carrier(root: nn.Module, node: fx.Node, called: nn.Module | None) -> We
         Refused: its weights are not simply its parameters.
     """
     if not is_norm_carrier(node, called):
-        return read_weighted(root, node, called)
+        return read_weighted(root, node, called) or read_stored(root, node, called)
     if called is None:
         label = f"{getattr(node.target, '__name__', '')} '{node.name}'"
         first = _NORM_FUNCTIONS[node.target]

@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from dropsurgery.graph.affine import argument
-from dropsurgery.graph.shape_rules import Call, Contradiction, Shape, output_shape
+from dropsurgery.graph.shape_calls import Call, Contradiction, Shape
+from dropsurgery.graph.shape_rules import output_shape
 from dropsurgery.graph.weighted import Weighted
 
 # An operation that tells ranks apart does so below this one: torch's own stop at 5 (3-d

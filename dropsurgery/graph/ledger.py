@@ -18,6 +18,7 @@ from dropsurgery.graph.affine import Affine, Refused
 from dropsurgery.graph.carriers import read_carrier
 from dropsurgery.graph.channel_maps import ChannelMap, read_map
 from dropsurgery.graph.gauge import Part, Path, evaluate
+from dropsurgery.graph.stored import Table
 from dropsurgery.graph.weighted import Weighted, loses_precision
 
 Port = Literal["in", "out", "through", "border"]
@@ -109,6 +110,24 @@ class LayerState:
         """Return weight and bias with everything in them."""
         return self.carrier.absorb(self.after or _nothing(), self.before)
 
+    def table(self) -> Tensor:
+        """Return a stored tensor with everything in it."""
+        assert isinstance(self.carrier, Table)
+        return self.carrier.taken(self.after or _nothing())
+
+    def lost(self) -> str | None:
+        """Return why the dtype cannot hold the new values, or None."""
+        after = self.after or _nothing()
+        if isinstance(self.carrier, Table):
+            return self.carrier.lost(after)
+        return loses_precision(self.carrier, after, self.before)
+
+    @property
+    def adds(self) -> bool:
+        """Whether it has to add something, for which a layer without a bias has no place."""
+        parts = (self.before, self.after)
+        return any(part is not None and bool(part.shift.any()) for part in parts)
+
     def border_map(self, size: Sequence[int]) -> Tensor:
         """Return what the border's summand adds to the output, in float64: (C, H, W).
 
@@ -133,6 +152,13 @@ class LayerState:
         return alone and all(
             _equal(left or _nothing(), right or _nothing()) for left, right in pairs
         )
+
+
+def _on_axis(carrier: Weighted, axis: int | None) -> Weighted:
+    """Return a stored tensor whose channels' axis a deposit settles; layers as they are."""
+    if isinstance(carrier, Table) and carrier.axis is None and axis is not None:
+        return replace(carrier, axis=axis)
+    return carrier
 
 
 def _nothing() -> Affine:
@@ -220,7 +246,8 @@ class Ledger:
                 name = "before" if deposit.port == "in" else "after"
                 affine = getattr(state, name) or _nothing()
                 affine = _deposited(affine, deposit.port, move.part, vector)
-                self.layers[deposit.node] = replace(state, **{name: affine})
+                carrier = _on_axis(state.carrier, deposit.axis)
+                self.layers[deposit.node] = replace(state, carrier=carrier, **{name: affine})
         state = self.maps[move.source]
         old.setdefault(move.source, state)
         self.maps[move.source] = _left(state, move)
@@ -244,7 +271,7 @@ class Ledger:
                         raise Refused(
                             f"{state.carrier.label} would take in numbers that are not finite"
                         )
-                reason = loses_precision(state.carrier, state.after or _nothing(), state.before)
+                reason = state.lost()
                 if reason is not None:
                     raise Refused(f"{reason}, in {state.carrier.label}")
             elif not _finite(self.maps[name].affine):

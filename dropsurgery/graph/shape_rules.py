@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch.nn.modules import batchnorm
 
 from dropsurgery.graph.affine import (
     Refused,
-    argument,
     fetch,
     is_norm,
     norm_function,
@@ -32,75 +30,9 @@ from dropsurgery.graph.affine import (
 )
 from dropsurgery.graph.drops import is_classic, is_drop_block, is_drop_path
 from dropsurgery.graph.leaves import OWN_DROPS, forward_owner
+from dropsurgery.graph.shape_calls import Call, Contradiction, Rule, Shape, broadcast, merge
 from dropsurgery.graph.weighted import conv_axes, conv_function
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
-
-Shape = tuple[int | None, ...]
-
-
-class Contradiction(Exception):
-    """These shapes cannot be: torch would raise an error on them."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node with what is known of its inputs.
-
-    Attributes:
-        root: the module that the graph belongs to.
-        node: the node.
-        called: the module that it calls, if it calls one.
-        shapes: shapes of the nodes before it.
-    """
-
-    root: nn.Module
-    node: fx.Node
-    called: nn.Module | None
-    shapes: Mapping[fx.Node, Shape | None]
-
-    def shape(self, value: Any) -> Shape | None:
-        """Return the shape of an argument; a number's is ()."""
-        if isinstance(value, fx.Node):
-            return self.shapes.get(value)
-        return () if isinstance(value, int | float) else None
-
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        """Return an argument by position or by name."""
-        return argument(self.node, index, name, default)
-
-    @property
-    def input(self) -> Shape | None:
-        """The shape of the first argument."""
-        return self.shape(self.argument(0, "input", self.node.kwargs.get("x")))
-
-
-Rule = Callable[[Call], Shape | None]
-
-
-def merge(left: int | None, right: int | None) -> int | None:
-    """Return the size that two equal sizes have."""
-    if left is None or right is None:
-        return right if left is None else left
-    if left != right:
-        raise Contradiction(f"{left} is not {right}")
-    return left
-
-
-def broadcast(left: Shape | None, right: Shape | None) -> Shape | None:
-    """Return the shape of an elementwise operation on two tensors."""
-    if left is None or right is None:
-        return None
-    rank = max(len(left), len(right))
-    pairs = zip((1,) * (rank - len(left)) + left, (1,) * (rank - len(right)) + right, strict=True)
-    return tuple(_broadcast_size(a, b) for a, b in pairs)
-
-
-def _broadcast_size(left: int | None, right: int | None) -> int | None:
-    if left == 1:
-        return right
-    if right == 1:
-        return left
-    return merge(left, right)  # an unknown size against n > 1 is n or 1, and the result n
 
 
 def output_shape(call: Call) -> Shape | None:
@@ -140,6 +72,8 @@ def _module(call: Call, module: nn.Module) -> Shape | None:
         return windowed(call.input, axes, state.in_channels, state.out_channels)
     if isinstance(module, nn.Linear):
         return _linear(call.input, module.in_features, module.out_features)
+    if isinstance(module, nn.Embedding):
+        return None if call.input is None else (*call.input, module.embedding_dim)
     if isinstance(module, nn.Flatten):
         return _flattened(call.input, module.start_dim, module.end_dim)
     for cls, pool_axes in _POOLS.items():
@@ -406,6 +340,24 @@ def _pool(axes: int) -> Rule:
     return lambda call: windowed(call.input, axes)
 
 
+def _matmul(call: Call) -> Shape | None:
+    left, right = call.input, call.shape(call.argument(1, "other", call.node.kwargs.get("mat2")))
+    if left is None or right is None or len(right) < 2 or not left:
+        return None
+    if len(right) == 2:
+        return _linear(left, *right)
+    if len(left) < 2:
+        return None
+    batch = broadcast(left[:-2], right[:-2])
+    merge(left[-1], right[-2])
+    return None if batch is None else (*batch, left[-2], right[-1])
+
+
+def _embedding(call: Call) -> Shape | None:
+    table = call.shape(call.argument(1, "weight"))
+    return None if call.input is None or table is None else (*call.input, table[-1])
+
+
 def _fixed(rank: int) -> Rule:
     return lambda call: (None,) * rank
 
@@ -479,6 +431,8 @@ _NAMED: dict[str, Rule] = {
     "squeeze": _squeeze,
     "getitem": _getitem,
     "bmm": _fixed(3),
+    "embedding": _embedding,
+    **dict.fromkeys(("matmul", "mm"), _matmul),
 }
 _SPACES: tuple[ModuleType, ...] = (torch, F, operator)
 _FUNCTIONS: Mapping[Any, Rule] = {

@@ -28,6 +28,7 @@ from dropsurgery.graph.channels import Shapes
 from dropsurgery.graph.gauge import Gauge
 from dropsurgery.graph.ledger import Deposit, Ledger, MapState, Port
 from dropsurgery.graph.memory import Memory
+from dropsurgery.graph.stored import Table, check_own
 from dropsurgery.graph.transfer_rules import (
     Known,
     Option,
@@ -174,14 +175,15 @@ class Scene:
         known = {wire: gauges[wire] for wire in wires if wire in gauges}
         if op.op == "output":
             raise Refused("an output of the network would change")
-        if op.op in ("placeholder", "get_attr"):
+        if op.op == "placeholder":
             raise Refused(f"it comes from {self.label(op)}")
         state = self.ledger.maps.get(op.name)
         if state is not None:
             return [self.through_map(op, state, known)]
         carrier = self.carrier(op)
         if carrier is not None:
-            return [self.into_carrier(op, carrier, known)]
+            take = self.into_table if isinstance(carrier, Table) else self.into_carrier
+            return [take(op, carrier, known)]
         found = operands(op)
         if found is not None:
             kind, left, right = found
@@ -200,7 +202,13 @@ class Scene:
         if op not in self._carriers:
             try:
                 found = read_carrier(self.module, op, self.called(op))
-                if found is not None:
+                if isinstance(found, Table):
+                    check_own(self.uses, self.modules, op, found)
+                    if op.op == "get_attr" and self.memory.writes.intersection(
+                        self.memory.group(op)
+                    ):
+                        raise Refused(f"{found.label} is written to")
+                elif found is not None:
                     check_alone(self.uses, self.modules, op, found)
                 self._carriers[op] = found
             except Refused as refused:
@@ -234,6 +242,29 @@ class Scene:
                     )
             deposits.append((port, gauge))
         return Option((), tuple(deposits))
+
+    def into_table(self, op: fx.Node, carrier: Weighted, known: Known) -> Option:
+        """Deposit what is known of stored values, or of an embedding's rows, in them."""
+        assert isinstance(carrier, Table)
+        if set(known) != {op}:
+            raise Refused(f"{carrier.label} reads it as indices")
+        gauge, axis = known[op], None
+        if gauge.part == "shift" and carrier.scale_only:
+            raise Refused(carrier.scale_only)
+        if carrier.positive and not bool((gauge.vector >= 0).all()):
+            raise Refused(f"{carrier.label} takes the largest row, and no negative scale")
+        if gauge.axis is not None:
+            axis, count = gauge.axis, carrier.weight.shape[-1]
+            if carrier.module is None:
+                state = self.ledger.layers.get(op.name)
+                old = getattr(None if state is None else state.carrier, "axis", None)
+                axis, count = axis if old is None else old, carrier.weight.shape[axis]
+            else:
+                rank = self.shapes.rank(op)
+                axis = None if rank is None else rank - 1
+            if axis != gauge.axis or count != len(gauge.vector):
+                raise Refused(f"axis {gauge.axis} of {carrier.label} is mapped, not axis {axis}")
+        return Option((), (("out", gauge),))
 
     def _input_port(self, op: fx.Node, carrier: Weighted, wire: fx.Node, gauge: Gauge) -> str:
         """Return how a layer takes a gauge of its input; raises Refused where it cannot."""
@@ -300,14 +331,32 @@ class Scene:
             if gauge.axis is not None and unknown:
                 raise Refused(f"the rank of '{op.name}' is not known: trace with example inputs")
 
-    def has_channels(self, wire: fx.Node, node: fx.Node, gauge: Gauge) -> bool:
-        """Say whether an operand has the channels of an elementwise operation on the same axis."""
-        if gauge.axis is None:
-            return True
+    def of_operand(self, wire: fx.Node, node: fx.Node, gauge: Gauge) -> Gauge | None:
+        """Return what a gauge of an elementwise operation is on an operand, or on itself.
+
+        None where the operand is broadcast along the channels, or its shape is not known.
+        """
+        if gauge.axis is None or wire is node:
+            return gauge
         here, there = self.shapes.shape(wire), self.shapes.shape(node)
-        if here is None or there is None or len(here) != len(there):
-            return False
-        return here[gauge.axis] == len(gauge.vector) == there[gauge.axis]
+        if here is None or there is None:
+            return None
+        axis = gauge.axis - len(there) + len(here)
+        if axis < 0 or not here[axis] == len(gauge.vector) == there[gauge.axis]:
+            return None
+        return gauge.moved(axis)
+
+    def of_result(self, wire: fx.Node, node: fx.Node, gauge: Gauge) -> Gauge | None:
+        """Return what a gauge of an operand, or of the operation itself, is on the operation."""
+        if gauge.axis is None or wire is node:
+            return gauge
+        here, there = self.shapes.shape(wire), self.shapes.shape(node)
+        if here is None or there is None:
+            return None
+        axis = gauge.axis + len(there) - len(here)
+        if not here[gauge.axis] == len(gauge.vector) == there[axis]:
+            return None
+        return gauge.moved(axis)
 
     def distance(self, wire: fx.Node, node: fx.Node) -> int:
         """Return how far a gauge on this operand would go: layers of its own come first."""

@@ -9,7 +9,9 @@ deposited in the operation's own weights. With z = f(u):
 - averages: f(s·u) = s·f(u), and f(u + d) = f(u) + d where the weights of every window sum to 1
   (no zeros of the padding among them, no divisor of its own); sums pass the scale alone;
 - z = u ± w: s·z = s·u ± s·w, so that all three have one scale; shifts: d(z) = d(u) ± d(w);
-- z = u·w: s·z = (s·u)·w = u·(s·w); matrix products in the columns of the second factor;
+- z = u·w: s·z = (s·u)·w = u·(s·w); matrix products in the columns of the second factor and the
+  rows of the first; attention in the columns of its values, as a mean of them;
+- a stored tensor that is added, multiplied or joined becomes another one: s·w + t;
 - concatenation: the vectors stand side by side as the operands do;
 - padding: zeros pass the scale; reflection, replication and wrapping pass the shift, too;
 - interpolation: weights that sum to 1 pass both;
@@ -258,15 +260,17 @@ def product(
 ) -> list[Option]:
     """z = u·w: the scale of z is that of u or of w, or both together."""
     _only_scale(node, known, "is a product, which no shift passes")
-    if left is right or len(known) > 1:
+    if left is right or (left in known and right in known):
         raise lost(node, "multiplies values that all change")
-    ((wire, gauge),) = known.items()
-    if node in known:
-        return [Option(((operand, gauge),)) for operand in (left, right)
-                if scene.has_channels(operand, node, gauge)]  # fmt: skip
-    if not scene.has_channels(wire, node, gauge):
+    if len(known) == 1 and node in known:
+        gauge = known[node]
+        found = [(operand, scene.of_operand(operand, node, gauge)) for operand in (left, right)]
+        return [Option(((operand, own),)) for operand, own in found if own is not None]
+    wire = left if left in known else right
+    of_result = scene.of_result(wire, node, known[wire])
+    if of_result is None:
         raise lost(node, "broadcasts the channels' axis")
-    return [Option(((node, gauge),))]
+    return [Option(((node, of_result),))]
 
 
 def addition(
@@ -276,50 +280,103 @@ def addition(
     if left is right:
         raise lost(node, "adds a value to itself")
     wires = (node, left, right)
+    placed: dict[fx.Node, Gauge] = {}
     for wire in wires:
-        gauge = known.get(wire)
-        if gauge is not None and wire is not node and not scene.has_channels(wire, node, gauge):
-            raise lost(node, "broadcasts the channels' axis")
-    gauge = next(iter(known.values()))
+        if wire in known:
+            found = scene.of_result(wire, node, known[wire])
+            if found is None:
+                raise lost(node, "broadcasts the channels' axis")
+            placed[wire] = found
+    gauge = next(iter(placed.values()))
     if gauge.part == "scale":
-        if not all(scene.has_channels(wire, node, gauge) for wire in (left, right)):
+        scaled = [(wire, scene.of_operand(wire, node, gauge)) for wire in wires]
+        if any(own is None for _, own in scaled):
             raise lost(node, "broadcasts the channels' axis")
-        return [Option(tuple((wire, gauge) for wire in wires))]
+        return [Option(tuple((wire, own) for wire, own in scaled if own is not None))]
     signs = {node: -1, left: 1, right: sign}  # u ± w - z = 0
-    free = [wire for wire in wires if wire not in known]
-    terms = {wire: gauge for wire, gauge in known.items() if wire in signs}
+    free = [wire for wire in wires if wire not in placed]
     if not free:
-        rest = total(list(terms.values()), [signs[wire] for wire in terms])
+        rest = total(list(placed.values()), [signs[wire] for wire in placed])
         if not rest.is_identity():
             raise lost(node, "would be shifted in several ways")
         return [Option()]
     options = []
     for wire in sorted(free, key=lambda wire: scene.distance(wire, node)):
-        shift = total(list(terms.values()), [-signs[w] * signs[wire] for w in terms])
-        if len(terms) == 1:  # a shorter path for the same vector
-            ((other, gauge),) = terms.items()
+        shift = total(list(placed.values()), [-signs[w] * signs[wire] for w in placed])
+        if len(placed) == 1:  # a shorter path for the same vector
+            ((other, gauge),) = placed.items()
             same_sign = -signs[other] * signs[wire] == 1
             shift = (
                 gauge if same_sign else gauge.then("minus", axis=gauge.axis, vector=-gauge.vector)
             )
-        if wire is node or scene.has_channels(wire, node, shift):
-            options.append(Option(((wire, shift),)))
+        own = scene.of_operand(wire, node, shift)
+        if own is not None:
+            options.append(Option(((wire, own),)))
     return options
 
 
 def matmul(scene: Scene, node: fx.Node, known: Known) -> list[Option]:
-    """Columns of the second factor: u·(w·s) = (u·w)·s, whatever u is."""
+    """Columns of the second factor, (u·(w·s)) = (u·w)·s, and rows of the first."""
     left, right = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2"))
-    if not isinstance(right, fx.Node) or left is right or left in known:
-        raise lost(node, "is a product of values, one of which it sums over")
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        raise lost(node, "is a product of a value and itself")
     _only_scale(node, known, "is a product, which no shift passes")
-    gauge = known[right] if right in known else known[node]
-    ranks = (scene.shapes.rank(right), scene.shapes.rank(node))
+    if left in known and right in known:
+        raise lost(node, "multiplies values that all change")
+    gauge = next(known[wire] for wire in (left, right, node) if wire in known)
     if gauge.axis is None:
-        return [Option(((node, gauge), (right, gauge)))]
-    if None in ranks or ranks[0] != ranks[1] or gauge.axis + 1 != ranks[0]:
+        wires = [wire for wire in (left, right) if wire in known] or [right, left]
+        return [Option(((node, gauge), (wire, gauge))) for wire in wires]
+    ranks = {wire: scene.shapes.rank(wire) or 0 for wire in (left, right, node)}
+    if min(ranks.values()) < 2:
+        raise lost(node, "is a product of vectors, or of values of unknown rank")
+    wire = next(w for w in (left, right, node) if w in known)
+    end = gauge.axis - ranks[wire]
+    if (wire, end) not in ((left, -2), (right, -1), (node, -2), (node, -1)):
         raise lost(node, "is a product that sums over the channels")
-    return [Option(((node, gauge), (right, gauge)))]
+    factor = left if end == -2 else right
+    own = gauge.moved(ranks[factor] + end)
+    return [Option(((node, gauge.moved(ranks[node] + end)), (factor, own)))]
+
+
+def embedding(scene: Scene, node: fx.Node, known: Known) -> list[Option]:
+    """F.embedding: the result's last axis is the table's."""
+    table = argument(node, 1, "weight")
+    if argument(node, 3, "max_norm") is not None or not isinstance(table, fx.Node):
+        raise lost(node, "changes the rows of its table as they are read")
+    if not set(known) <= {table, node}:
+        raise lost(node, "reads it as indices")
+    wire = table if table in known else node
+    gauge, rank = known[wire], scene.shapes.rank(node)
+    if gauge.axis is None:
+        return [Option(((table, gauge), (node, gauge)))]
+    if rank is None:
+        raise lost(node, "is of unknown rank: trace with example inputs")
+    if gauge.axis != (1 if wire is table else rank - 1):
+        raise lost(node, "looks rows up, and another axis than theirs is mapped")
+    return [Option(((table, gauge.moved(1)), (node, gauge.moved(rank - 1))))]
+
+
+def attention(scene: Scene, node: fx.Node, known: Known) -> list[Option]:
+    """softmax(…)·v: columns of v are those of the result; rows that sum to 1 pass a shift, too.
+
+    A row that a mask closes altogether is zero, and dropout makes other sums.
+    """
+    value = argument(node, 2, "value")
+    if not isinstance(value, fx.Node) or not set(known) <= {node, value}:
+        raise lost(node, "reads it as query, key or mask")
+    if value in (argument(node, 0, "query"), argument(node, 1, "key")):
+        raise lost(node, "reads it as query or key, too")
+    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    if mask is not None or dropout != 0.0:
+        _only_scale(node, known, "has a mask or dropout, and rows that do not sum to 1")
+    wire = value if value in known else node
+    gauge, ranks = known[wire], (scene.shapes.rank(value), scene.shapes.rank(node))
+    if gauge.axis is None:
+        return [Option(((node, gauge), (value, gauge)))]
+    if None in ranks or ranks[0] != ranks[1] or gauge.axis + 1 != ranks[0]:
+        raise lost(node, "attends over other axes than the values' last")
+    return [Option(((node, gauge), (value, gauge)))]
 
 
 _HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU)
@@ -342,6 +399,8 @@ _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((torch.sum, "sum"), _reduction(False)),
     **dict.fromkeys((torch.cat, torch.concat), concatenation),
     **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), matmul),
+    F.embedding: embedding,
+    F.scaled_dot_product_attention: attention,
     F.interpolate: _upsample,
     F.pad: _padding,
 }

@@ -115,6 +115,20 @@ def reduction(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back
     return _kept(node, gauge, [axis for axis in range(rank) if axis not in gone], back)
 
 
+def expand(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back: bool) -> Gauge:
+    """Axes of one entry get more, and new ones come in front; `repeat` makes copies of it."""
+    ranks = _rank(shapes, node), _rank(shapes, source)
+    assert gauge.axis is not None
+    axis = gauge.axis + (ranks[1] - ranks[0] if back else ranks[0] - ranks[1])
+    sizes = shapes.shape(node), shapes.shape(source)
+    if axis < 0 or sizes[0] is None or sizes[1] is None:
+        raise lost(node, "has the channels on an axis that is new")
+    own, given = (gauge.axis, axis) if back else (axis, gauge.axis)
+    if not sizes[0][own] == sizes[1][given] == len(gauge.vector):
+        raise lost(node, f"may repeat the channels: {_TRACE}")
+    return gauge.moved(axis)
+
+
 def flatten(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back: bool) -> Gauge:
     """Neighbouring axes become one."""
     start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
@@ -319,6 +333,7 @@ VIEWS: Mapping[Any, Mapper] = {
     **dict.fromkeys(
         ("view", "reshape", torch.reshape, "view_as", "reshape_as", "unflatten"), reshape
     ),
+    **dict.fromkeys(("expand", "expand_as", "repeat", "broadcast_to", torch.broadcast_to), expand),
     **dict.fromkeys(("contiguous", "clone", "detach"), same),
     **dict.fromkeys(SPLITS, split),
     operator.getitem: getitem,

@@ -16,12 +16,11 @@ from dropsurgery.graph.gauge import Gauge, Part
 from dropsurgery.graph.ledger import Deposit, LayerState, Ledger, MapState, Move, held_in
 from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.module import Skip, fresh_path, module_path
+from dropsurgery.graph.stored import Product
 from dropsurgery.graph.transfer import Scene, Spread, is_pure
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.base import Change, Plan
-
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class Planner:
@@ -383,7 +382,10 @@ class Planner:
         for names in groups:
             layer = layers[names[0]].carrier.module
             path = ""
-            if layer is not None:
+            if isinstance(layers[names[0]].carrier, Product) and layers[names[0]].adds:
+                operand = layers[names[0]].carrier.operands[0]
+                path = self._fresh(str(operand.target if operand else ""), "linear", taken)
+            elif layer is not None:
                 calls = {call.name for call in self.scene.uses.calls(layer)}
                 all_fold = calls <= set(layers)
                 if id(layer) in own or not all_fold or self.scene.uses.is_within(layer):
@@ -479,18 +481,19 @@ class Planner:
         return changes
 
     def _target(self, deposit: Deposit, copies: Mapping[str, str]) -> str:
-        label = self.scene.label(self.nodes[deposit.node])
         copy, state = copies.get(deposit.node), self.ledger.layers.get(deposit.node)
-        if copy is not None:
-            return f"{label} (a copy, '{copy}')"
         if state is None:
-            return label
+            return self.scene.label(self.nodes[deposit.node])
+        label = state.carrier.label
+        if copy is not None:
+            now = "a linear layer now" if isinstance(state.carrier, Product) else "a copy"
+            return f"{label} ({now}, '{copy}')"
         weight, operand = state.carrier.weight, state.carrier.operands[0]
-        own = self.nodes[deposit.node].target
-        if operand is not None:
-            own = str(operand.target).rpartition(".")[0]
+        node = self.nodes[deposit.node]
+        own = node.target
+        if operand is not None or node.op == "get_attr":
+            own = str((operand or node).target).rpartition(".")[0]
         owner = self.ledger.modules[str(own)]
         tied = [p for p in self.scene.uses.holders(weight) if self.ledger.modules[p] is not owner]
-        if not tied:
-            return label
-        return f"{label} (its weight is no longer tied to that of {', '.join(map(repr, tied))})"
+        told = f" (its weight is no longer tied to that of {', '.join(map(repr, tied))})"
+        return label + told * bool(tied)

@@ -14,6 +14,7 @@ from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.dense import make_plain
 from dropsurgery.graph.ledger import LayerState, Ledger, MapState, Move
+from dropsurgery.graph.stored import Table
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
 from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.weight_edit import WeightEditor
@@ -49,12 +50,15 @@ class Surgeon(WeightEditor):
     def write(self, ledger: Ledger, step: Write) -> None:
         """Write one set of weights."""
         state = ledger.layers[step.nodes[0]]
-        weight, bias = state.absorbed()
-        self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
+        if isinstance(state.carrier, Table):
+            self.put_table(self.nodes[step.nodes[0]], state.carrier, state.table(), step.copy_to)
+        else:
+            weight, bias = state.absorbed()
+            self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
         if step.border:
             self.add_border(self.nodes[step.nodes[0]], state, step)
         for name in step.nodes:
-            if step.copy_to:
+            if step.copy_to and state.carrier.module is not None:
                 self.retarget(self.nodes[name], step.copy_to)
 
     def add_border(self, node: fx.Node, state: LayerState, step: Write) -> None:

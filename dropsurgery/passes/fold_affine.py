@@ -31,8 +31,10 @@ class FoldAffine(Pass):
     moved by itself, back to what produces x or forward to what reads y, through every operation
     that commutes with it (`dropsurgery.graph.transfer_rules` has the rules and their conditions),
     until layers have taken it into their weights: convolutions and transposed convolutions, linear
-    layers, the affine part of LayerNorm, GroupNorm and InstanceNorm, other BatchNorms. Where one
-    of the two cannot leave, what stays is a single addition (`layers.ChannelShift`) or
+    layers, the affine part of LayerNorm, GroupNorm and InstanceNorm, other BatchNorms; tables of
+    embeddings, stored matrices that values are multiplied with (x @ W, which becomes a linear
+    layer where it needs a bias), and tensors that are added, multiplied or joined (positions, class
+    tokens, gains), each as long as nothing else reads it. Where one of the two cannot leave, what stays is a single addition (`layers.ChannelShift`) or
     multiplication (`layers.ChannelScale`) in place of the BatchNorm, never more.
 
     Several readers are no obstacle where each of them can make up for the change: the shift of a

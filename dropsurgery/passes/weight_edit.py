@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from dropsurgery.graph.affine import identity_input
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.module import fresh_path
+from dropsurgery.graph.stored import Product, Table
 from dropsurgery.graph.weighted import Weighted
 from dropsurgery.passes.edit import Editor
 
@@ -26,8 +28,12 @@ class WeightEditor(Editor):
             old: the layer as it was.
             weight: its new weight.
             bias: its new bias.
-            copy_to: path of the copy.
+            copy_to: path of the copy; for a product with a stored matrix, of the linear layer
+                that it becomes, which has a place for the bias.
         """
+        if isinstance(old, Product):
+            self._set_matrix(node, old, weight, bias, copy_to)
+            return
         if old.module is None:
             self._set_operands(node, old, weight, bias)
             return
@@ -38,6 +44,17 @@ class WeightEditor(Editor):
         layer.weight = nn.Parameter(weight, old.weight.requires_grad)
         kept = old.weight if old.bias is None else old.bias
         layer.bias = nn.Parameter(bias, kept.requires_grad)
+
+    def put_table(self, node: fx.Node, old: Table, values: Tensor, copy_to: str = "") -> None:
+        """Give a stored tensor or an embedding new values, or make a copy that has them."""
+        if old.module is None:
+            self.assign(str(node.target), values, old.weight)
+            return
+        layer: Any = old.module
+        if copy_to:
+            layer = clone_structure(layer)
+            self.module.add_submodule(copy_to, layer)
+        layer.weight = nn.Parameter(values, old.weight.requires_grad)
 
     def bypass(self, node: fx.Node) -> None:
         """Take out a node that returns its input as it is."""
@@ -65,6 +82,27 @@ class WeightEditor(Editor):
                 value = self.graph.call_module(f"{node.target}.{child}", (value,))
                 self.place(value, node)
         node.replace_all_uses_with(value)
+        self.erase(node)
+
+    def _set_matrix(
+        self, node: fx.Node, old: Product, weight: Tensor, bias: Tensor, path: str
+    ) -> None:
+        """Give a product another matrix, or make it the linear layer at `path`, with a bias."""
+        operand = old.operands[0]
+        assert operand is not None
+        if not path:
+            self.assign(str(operand.target), weight, old.weight)
+            return
+        inputs, outputs = weight.shape
+        layer = nn.Linear(inputs, outputs, device="meta")
+        trains = old.weight.requires_grad
+        layer.weight = nn.Parameter(weight.t().contiguous(), trains)
+        layer.bias = nn.Parameter(bias, trains)
+        self.module.add_submodule(path, layer.train(False))
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(path, (node.all_input_nodes[0],))
+        self.place(new, node)
+        node.replace_all_uses_with(new)
         self.erase(node)
 
     def _set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
