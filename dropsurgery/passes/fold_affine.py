@@ -34,8 +34,9 @@ class FoldAffine(Pass):
     layers, the affine part of LayerNorm, GroupNorm and InstanceNorm, other BatchNorms; tables of
     embeddings, stored matrices that values are multiplied with (x @ W, which becomes a linear
     layer where it needs a bias), and tensors that are added, multiplied or joined (positions, class
-    tokens, gains), each as long as nothing else reads it. Where one of the two cannot leave, what stays is a single addition (`layers.ChannelShift`) or
-    multiplication (`layers.ChannelScale`) in place of the BatchNorm, never more.
+    tokens, gains), each as long as nothing else reads it. Where one of the two cannot leave, what
+    stays is a single addition (`layers.ChannelShift`) or multiplication (`layers.ChannelScale`) in
+    place of the BatchNorm, never more.
 
     Several readers are no obstacle where each of them can make up for the change: the shift of a
     BatchNorm on a residual stream goes into the convolution before the stream's add, and out of
