@@ -255,7 +255,24 @@ def test_linear_chains_that_shrink() -> None:
     model = Chain(a=nn.Linear(6, 32), b=nn.Identity(), c=nn.Linear(32, 4))
     found = layer(merged(model, values(2, 5, 6)))
     assert (type(found), tuple(found.weight.shape)) == (nn.Linear, (4, 6))
-    assert kept(Chain(a=nn.Linear(16, 2), c=nn.Linear(2, 16)), values(2, 16)) == ""
+    wide = kept(Chain(a=nn.Linear(16, 2), c=nn.Linear(2, 16)), values(2, 16))
+    assert wide == "one layer of shape 16x16 would grow 64 weights to 256"
+
+
+def test_chains_that_would_grow_are_told() -> None:
+    """Only these: a chain that a border cuts is no candidate."""
+    several = Chain(a=nn.Linear(9, 2), b=nn.Linear(2, 9), act=nn.ReLU(), c=nn.Linear(9, 3),
+                    d=nn.Linear(3, 9))  # fmt: skip
+    result = fold(ready(several), values(2, 9), item=MERGE, tolerance=0.0)
+    assert {skip.node: skip.reason for skip in result.skipped} == {
+        "b": "one layer of shape 9x9 would grow 36 weights to 81",
+        "d": "one layer of shape 9x9 would grow 54 weights to 81",
+    }
+    depthwise = Chain(a=conv(4, 4, 3, groups=4), b=conv(4, 8, 1), c=nn.ReLU(), d=conv(8, 8, 1))
+    assert kept(depthwise) == "one layer of shape 8x4x3x3 would grow 68 weights to 288"
+    pooled = Chain(pool=nn.AvgPool2d(2), b=conv(4, 8, 1))
+    assert kept(pooled) == "one layer of shape 8x4x2x2 would grow 32 weights to 128"
+    assert kept(Chain(a=conv(4, 8, 3), b=conv(8, 8, 3))) == ""  # the border cuts a's bias off
 
 
 def test_low_rank_adapter() -> None:

@@ -65,7 +65,7 @@ class MergeLinearBranches(Pass):
 
     Where groups or dilations differ, the merged layer has the common ones, with zeros. A merge that
     would make more weights, or more multiplications for each output, than the layers it replaces
-    have together is not made (1x3 + 3x1, a bottleneck, 1x1 behind a depthwise one).
+    have together is not made (1x3 + 3x1, a bottleneck, 1x1 behind a depthwise one), and told.
 
     The merged layer is `merged` in the module whose forward held the sum. The result is an
     inference graph; a network whose forward differs between the modes keeps its eval graph only.
@@ -84,7 +84,7 @@ class MergeLinearBranches(Pass):
     merges: tuple[tuple[str, str], ...] | None = None
 
     def plan(self, module: fx.GraphModule) -> Plan:
-        """Return what can be merged, and why other sums of linear branches cannot."""
+        """Return what can be merged, and why other sums, and chains that would grow, are not."""
         return _Planner(module, self).plan()
 
     def perform(self, module: fx.GraphModule, plan: Plan) -> None:
@@ -172,30 +172,48 @@ class _Planner:
                 reasons.append(reason)
             else:
                 told = [reason for reason in reasons if reason]
-                if told and isinstance(self.linear.piece(node), Sum):
+                if isinstance(self.linear.piece(node), Layer):
+                    told = [why for source in order if (why := self.growth(regions[source]))]
+                if told and isinstance(self.linear.piece(node), Sum | Layer):
                     skipped[node] = told[0]
         skips = {node: reason for node, reason in skipped.items() if node not in taken}
         return dict(reversed(chosen.items())), dict(reversed(skips.items()))
 
     def refusal(self, node: fx.Node, source: fx.Node, region: Region) -> str | None:
         """Return why a region is not merged, "" where there is nothing to merge; None if it is."""
-        layers = [self.linear.piece(layer) for layer, _, _ in region.costs]
-        weighted = [p.weighted for p in layers if isinstance(p, Layer) and p.weighted is not None]
-        if not weighted or (not region.sums and len(layers) < 2):
+        if not self.is_several(region):
             return ""
         try:
-            form = region.form.even()
+            region.form.even()
         except Refused as refused:
             return str(refused)
+        return (
+            self.growth(region)
+            or self.regions.not_closed(node, source, region)
+            or self.not_one_kind(node, source, region)
+        )
+
+    def is_several(self, region: Region) -> bool:
+        """Say whether there is something to merge: a layer with weights, and a sum or another."""
+        layers = [self.linear.piece(layer) for layer, _, _ in region.costs]
+        weighted = any(isinstance(p, Layer) and p.weighted is not None for p in layers)
+        return weighted and (bool(region.sums) or len(layers) > 1)
+
+    def growth(self, region: Region | str) -> str | None:
+        """Return what a merge would make more of, where that is not wanted; or None."""
+        if isinstance(region, str) or not self.is_several(region) or self.settings.allow_growth:
+            return None
+        try:
+            form = region.form.even()
+        except Refused:
+            return None
         weights = sum(count for _, count, _ in region.costs)
         work = sum(count * form.stride // stride for _, count, stride in region.costs)
-        if form.numel > min(weights, work) and not self.settings.allow_growth:
-            before = "weights" if form.numel > weights else "multiplications for each output"
-            count = min(weights, work)
-            return f"one layer of shape {_size(form)} would grow {count} {before} to {form.numel}"
-        return self.regions.not_closed(node, source, region) or self.not_one_kind(
-            node, source, region
-        )
+        if form.numel <= min(weights, work):
+            return None
+        before = "weights" if form.numel > weights else "multiplications for each output"
+        count = min(weights, work)
+        return f"one layer of shape {_size(form)} would grow {count} {before} to {form.numel}"
 
     def not_one_kind(self, node: fx.Node, source: fx.Node, region: Region) -> str | None:
         """Return why the values of a region cannot be one layer's, or None."""
