@@ -8,9 +8,9 @@ Two ways, each in float16 and bfloat16:
   `ds.slim` of it is converted, beside the network itself converted
 
 Networks have random weights, no parameter that is left at 0 or 1, and BatchNorm statistics taken
-from the data (as training leaves them), so that activations keep their size. Each model has several seeds of weights and inputs; its
-figure is the geometric mean over them of the ratio of root-mean-square errors, slimmed over
-original, with its standard error.
+from the data (as training leaves them), so that activations keep their size. Each model has several
+seeds of weights and inputs; its figure is the geometric mean over them of the ratio of root-mean-
+square errors, slimmed over original, with its standard error.
 
     python -m benchmarks.half_precision [--models NAME ...] [--markdown docs/half_precision.md]
 """

@@ -10,9 +10,10 @@ For each network and batch size, in every round each contender runs once, in tur
 A figure is the median over the rounds of ours over the peer of the same kind whose median is the
 lowest, in the same round; in brackets the quartiles. Processor time of one thread; as many rounds
 as fit into the time given to a case. The networks have random statistics and no parameter that is
-left at 0 or 1, which a tool could fold away as no trained network would let it. glibc gives freed memory back to the system and takes it anew, a page fault at a time,
-for one contender and not for the next, by chance of their order; the script starts itself again
-with an environment that keeps it.
+left at 0 or 1, which a tool could fold away as no trained network would let it. glibc gives freed
+memory back to the system and takes it anew, a page fault at a time, for one contender and not for
+the next, by chance of their order; the script starts itself again with an environment that keeps
+it.
 
     python -m benchmarks.latency [--models NAME ...] [--seconds 30] [--no-compile]
     python -m benchmarks.latency --page      docs/latency.md from docs/latency.json
