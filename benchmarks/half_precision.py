@@ -1,10 +1,16 @@
 """The error of a slimmed network in half precision, beside that of the network as it was.
 
-Both in float16 and bfloat16, against the original in float64 with the same half-precision
-parameters, which are exact there. Networks have random weights and BatchNorm statistics taken from
-the data (as training leaves them), so that activations keep their size. Each model has three seeds
-of weights and inputs; its figure is the geometric mean of the three ratios of root-mean-square
-errors, slimmed over original.
+Two ways, each in float16 and bfloat16:
+
+- half, then slim: the network has half-precision parameters, and what it computes with them in
+  float64 is right; `ds.slim` of it rounds the folded weights to half precision
+- slim, then half: the network is trained in float32, and what it computes in float64 is right;
+  `ds.slim` of it is converted, beside the network itself converted
+
+Networks have random weights, no parameter that is left at 0 or 1, and BatchNorm statistics taken
+from the data (as training leaves them), so that activations keep their size. Each model has several
+seeds of weights and inputs; its figure is the geometric mean over them of the ratio of root-mean-
+square errors, slimmed over original, with its standard error.
 
     python -m benchmarks.half_precision [--models NAME ...] [--markdown docs/half_precision.md]
 """
@@ -15,7 +21,10 @@ import argparse
 import copy
 import math
 import platform
+import statistics
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +42,8 @@ MODELS = {
     "ghostnet_050": 64, "dla34": 64, "convnext_atto": 64,
 }  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
+WAYS = ("half, then slim", "slim, then half")
 BATCH = 8
 
 
@@ -41,6 +51,9 @@ def calibrated(name: str, size: int, seed: int) -> tuple[nn.Module, Tensor]:
     """Return a network whose BatchNorms have the statistics of data, and inputs."""
     torch.manual_seed(seed)
     model: nn.Module = import_timm().create_model(name)
+    for parameter in model.parameters():
+        if bool((parameter == parameter.flatten()[0]).all()):
+            _vary(parameter)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
@@ -54,31 +67,67 @@ def calibrated(name: str, size: int, seed: int) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(BATCH, 3, size, size)
 
 
+def _vary(parameter: nn.Parameter) -> None:
+    """Give a parameter that starts at one value different ones, as training does."""
+    with torch.no_grad():
+        if bool((parameter == 0).all()):
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+
+
 def rmse(model: nn.Module, x: Tensor, expected: Tensor) -> float:
     """Return the root-mean-square error of a network's output."""
     with torch.no_grad():
         return float((model(x).double() - expected).square().mean().sqrt())
 
 
-def errors(name: str, size: int, dtype: torch.dtype, seed: int) -> tuple[float, float, float]:
-    """Return the errors of the original and of the slimmed network, and the output's scale."""
+def ratios(name: str, size: int, dtype: torch.dtype, seed: int) -> tuple[float, float]:
+    """Return the error of the slimmed network over the original's, for both ways."""
     model, x = calibrated(name, size, seed)
-    model, x = model.to(dtype), x.to(dtype)
+    x = x.to(dtype)
+    half = copy.deepcopy(model).to(dtype)
+    late = ds.slim(model, example_inputs=x.float()).to(dtype)
+    early = ds.slim(half, example_inputs=x)
     with torch.no_grad():
-        expected = copy.deepcopy(model).double()(x.double())
-    slim = ds.slim(model, example_inputs=x)
-    scale = float(expected.square().mean().sqrt())
-    return rmse(model, x, expected), rmse(slim, x, expected), scale
+        of_half = copy.deepcopy(half).double()(x.double())
+        of_model = copy.deepcopy(model).double()(x.double())
+    return (
+        rmse(early, x, of_half) / rmse(half, x, of_half),
+        rmse(late, x, of_model) / rmse(half, x, of_model),
+    )
 
 
-def ratio_of(name: str, size: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Return the relative errors (original, slimmed) and the ratio, geometric means over seeds."""
-    logs = [0.0, 0.0]
-    for seed in SEEDS:
-        original, slimmed, scale = errors(name, size, dtype, seed)
-        for i, value in enumerate((original, slimmed)):
-            logs[i] += math.log(value / scale) / len(SEEDS)
-    return math.exp(logs[0]), math.exp(logs[1]), math.exp(logs[1] - logs[0])
+@dataclass(frozen=True)
+class Figure:
+    """A ratio of errors: the geometric mean over seeds, and its relative standard error."""
+
+    ratio: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        """Return the figure of what several seeds gave."""
+        logs = [math.log(value) for value in values]
+        spread = statistics.stdev(logs) / math.sqrt(len(logs))
+        return cls(math.exp(statistics.fmean(logs)), spread)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the ratio is above one by more than two standard errors."""
+        return math.log(self.ratio) > 2 * self.spread
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} ± {self.ratio * self.spread:.3f}"
+
+
+def figures_of(name: str) -> list[Figure]:
+    """Return the figures of a model: for each dtype both ways."""
+    found = []
+    for dtype in DTYPES:
+        measured = [ratios(name, MODELS[name], dtype, seed) for seed in SEEDS]
+        found += [Figure.of(values) for values in zip(*measured, strict=True)]
+    return found
 
 
 def main() -> None:
@@ -89,34 +138,39 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, ratios = [], []
+    found: dict[str, list[Figure]] = {}
     for name in options.models:
-        cells = [name]
-        for dtype in DTYPES:
-            original, slimmed, ratio = ratio_of(name, MODELS[name], dtype)
-            cells += [f"{original:.2e}", f"{slimmed:.2e}", f"{ratio:.2f}"]
-            ratios.append(ratio)
-        print(*cells, flush=True)
-        rows.append(cells)
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    header = ["model", *(f"{d} {what}" for d in names for what in ("original", "slim", "ratio"))]
-    held = sum(ratio <= 1.0 for ratio in ratios)
-    geometric = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    text = "\n\n".join((
-        "# Slimmed networks in half precision",
-        f"`python -m benchmarks.half_precision --markdown docs/half_precision.md`. {_about()}",
-        f"No worse than the original: {held} of {len(ratios)}; geometric mean of the ratios "
-        f"{geometric:.2f}, largest {max(ratios):.2f}.",
-        table(header, rows),
-    ))  # fmt: skip
+        found[name] = figures_of(name)
+        print(name, *found[name], sep="  ", flush=True)
+    text = page(found)
     print(text)
     if options.markdown:
         options.markdown.write_text(text + "\n")
 
 
-def _about() -> str:
-    text = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
-    return f"{text} torch {torch.__version__}, {platform.machine()}, CPU."
+def page(found: dict[str, list[Figure]]) -> str:
+    """Return docs/half_precision.md."""
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    columns = [f"{dtype}: {way}" for dtype in names for way in WAYS]
+    lines = []
+    for column, values in zip(columns, zip(*found.values(), strict=True), strict=True):
+        geometric = math.exp(statistics.fmean(math.log(value.ratio) for value in values))
+        worse = [name for name, value in zip(found, values, strict=True) if value.is_worse]
+        lines.append(
+            f"- {column}: geometric mean {geometric:.3f}, largest "
+            f"{max(value.ratio for value in values):.3f}; at most 1 for "
+            f"{sum(value.ratio <= 1 for value in values)} of {len(values)}; above 1 by more than "
+            f"two standard errors: {', '.join(worse) or 'none'}"
+        )
+    about = (__doc__ or "").partition("    python")[0].split("\n\n", 1)[1].strip()
+    return "\n\n".join((
+        "# Slimmed networks in half precision",
+        "`python -m benchmarks.half_precision --markdown docs/half_precision.md`. The error of the "
+        f"slimmed network over that of the network as it was, in half precision. {about} "
+        f"{len(SEEDS)} seeds. torch {torch.__version__}, {platform.machine()}, CPU.",
+        "\n".join(lines),
+        table(("model", *columns), [(name, *map(str, v)) for name, v in found.items()]),
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

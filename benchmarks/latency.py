@@ -7,12 +7,15 @@ For each network and batch size, in every round each contender runs once, in tur
 - onnxruntime with all optimisations: `torch.onnx.export` of the original with its defaults, that
   file through onnxslim, and `ds.export_onnx(ds.slim(…))`
 
-A figure is the median over the rounds of ours over the best peer of the same kind in that round.
-One thread. glibc gives freed memory back to the system and takes it anew, a page fault at a time,
-for one contender and not for the next, by chance of their order; the script starts itself again
-with an environment that keeps it.
+A figure is the median over the rounds of ours over the peer of the same kind whose median is the
+lowest, in the same round; in brackets the quartiles. Processor time of one thread; as many rounds
+as fit into the time given to a case. The networks have random statistics and no parameter that is
+left at 0 or 1, which a tool could fold away as no trained network would let it. glibc gives freed
+memory back to the system and takes it anew, a page fault at a time, for one contender and not for
+the next, by chance of their order; the script starts itself again with an environment that keeps
+it.
 
-    python -m benchmarks.latency [--models NAME ...] [--rounds 15] [--no-compile]
+    python -m benchmarks.latency [--models NAME ...] [--seconds 30] [--no-compile]
     python -m benchmarks.latency --page      docs/latency.md from docs/latency.json
 
 Each model is written to docs/latency.json when it is done; models that stand there are left out.
@@ -59,6 +62,7 @@ KINDS = {
     "onnxruntime": (("export", "export + onnxslim"), "ours"),
 }
 NOISE = 1.02
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 60
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
@@ -109,30 +113,35 @@ def session(content: bytes, x: Tensor) -> Callable[[], object]:
     return lambda: opened.run(None, feed)
 
 
-def measure(name: str, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(name: str, batch: int, seconds: float, compiled: bool) -> dict[str, Any]:
     """Return the median seconds of each contender, and ours over the best peer by kind."""
     model, _ = calibrated(name, MODELS[name], 0)
     x = torch.randn(batch, 3, MODELS[name], MODELS[name])
     with torch.no_grad():
         runs = contenders(model, x, compiled)
-        times: dict[str, list[float]] = {key: [] for key in runs}
-        for turn in range(rounds + 2):
-            for key, run in runs.items():
-                start = time.process_time()
-                run()
-                if turn >= 2:  # the first calls compile and allocate
-                    times[key].append(time.process_time() - start)
-    found: dict[str, Any] = {key: statistics.median(seconds) for key, seconds in times.items()}
+        for _ in range(2):  # the first calls compile and allocate
+            timed(runs)
+        times = [timed(runs)]
+        rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, round(seconds / sum(times[0].values()))))
+        times += [timed(runs) for _ in range(rounds - 1)]
+    found: dict[str, Any] = {key: statistics.median(row[key] for row in times) for key in runs}
     for kind, (peers, own) in KINDS.items():
-        if own in times:
-            columns = [times[own], *(times[peer] for peer in peers)]
-            ratios = [ours / min(theirs) for ours, *theirs in zip(*columns, strict=True)]
-            found[kind] = {
-                "ratio": found[own] / min(found[peer] for peer in peers),
-                "low": min(ratios),
-                "high": max(ratios),
-            }
+        if own in runs:
+            best = min(peers, key=lambda peer: found[peer])
+            quartiles = statistics.quantiles(row[own] / row[best] for row in times)
+            low, ratio, high = quartiles
+            found[kind] = {"ratio": ratio, "low": low, "high": high, "rounds": rounds}
     return found
+
+
+def timed(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the processor time of one run of each contender."""
+    times = {}
+    for key, run in runs.items():
+        start = time.process_time()
+        run()
+        times[key] = time.process_time() - start
+    return times
 
 
 def page(document: dict[str, Any]) -> str:
@@ -142,7 +151,7 @@ def page(document: dict[str, Any]) -> str:
         cells = [*case.split(":")]
         for kind in KINDS:
             entry = found.get(kind)
-            cells.append("-" if entry is None else f"{entry['ratio']:.3f}")
+            cells.append("-" if entry is None else _told(entry))
             if entry is not None:
                 judged.append((kind, case, entry["ratio"]))
         rows.append(cells)
@@ -166,11 +175,15 @@ def page(document: dict[str, Any]) -> str:
     )) + "\n"  # fmt: skip
 
 
+def _told(entry: dict[str, float]) -> str:
+    return f"{entry['ratio']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the rounds of one case")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--page", action="store_true", help="write docs/latency.md")
     options = parser.parse_args()
@@ -188,8 +201,7 @@ def main() -> None:
             case = f"{name}:{batch}"
             if case in document["cases"]:
                 continue
-            rounds = options.rounds if batch == 1 else max(3, options.rounds // 3)
-            found = measure(name, batch, rounds, not options.no_compile and batch == 1)
+            found = measure(name, batch, options.seconds, not options.no_compile)
             document["cases"][case] = found
             document["about"] = f"torch {torch.__version__}, {platform.machine()}, one thread."
             RESULTS.write_text(json.dumps(document, indent=1) + "\n")

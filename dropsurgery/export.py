@@ -28,6 +28,7 @@ from dropsurgery.graph.signature import (
 )
 from dropsurgery.graph.trace import keep_eval, trace
 from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.onnx_channel_maps import ChannelMaps, check_channel_maps, write_as_convolutions
 from dropsurgery.onnx_writer import (
     check_draws,
     check_opset,
@@ -51,6 +52,7 @@ def export_onnx(
     *,
     dynamic_batch: bool = True,
     opset: int | None = None,
+    channel_maps: ChannelMaps = "conv",
 ) -> Path:
     """Write a network to an ONNX file for inference.
 
@@ -74,6 +76,10 @@ def export_onnx(
         dynamic_batch: leave the batch size open: axis 0 of the first tensor that has one, and of
             every other tensor input of the same size along axis 0. Otherwise all shapes are fixed.
         opset: the ONNX operator set, 18 to 23; None for the exporter's own choice.
+        channel_maps: how a shift or scale of an image's channels is written that `slim` left
+            between layers: "conv", a depthwise 1x1 convolution, which keeps the layout of the
+            convolutions around it (onnxruntime on a CPU takes up to 1.2 times as long for the whole
+            densenet121 without); or "elementwise", an Add or Mul.
 
     Returns:
         The path of the file.
@@ -83,11 +89,12 @@ def export_onnx(
             draws random numbers, does not accept the inputs, cannot keep its batch axis open, or
             uses an operator that ONNX lacks; or the file cannot be written. The message names
             the module path and what to do.
-        ArgumentError: `opset` is out of range, the path cannot be a file's, or the example's batch
-            is empty.
+        ArgumentError: `opset` or `channel_maps` is not one of these, the path cannot be a file's,
+            or the example's batch is empty.
         ArgumentTypeError: an argument is of the wrong type.
     """
     args = _check_arguments(model, example_inputs, opset, dynamic_batch)
+    check_channel_maps(channel_maps)
     target = check_target(path)
     _check_modes(model)
     if isinstance(model, TwoModeGraphModule):
@@ -101,6 +108,8 @@ def export_onnx(
         draws = _refuse_randomness(program, places)
         onnx_program = _translate(program, _axes(model, args, dynamic_batch, BATCH), opset)
     ir_model = onnx_program.model
+    if channel_maps == "conv":
+        write_as_convolutions(ir_model, model)
     name_values(ir_model, list(inputs), list(named_outputs(outputs)))
     name_nodes(ir_model)
     refuse_random_nodes(ir_model, places)

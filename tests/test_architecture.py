@@ -24,7 +24,7 @@ LAYERS = [
     {"compute", "distributed", "monte_carlo", "rates", "recalibrate", "scale"},
     {"schedule", "surgery", "store"},
     {"variance_shift"},
-    {"export", "onnx_random", "onnx_reader", "onnx_structure", "onnx_writer"},
+    {"export", "onnx_channel_maps", "onnx_random", "onnx_reader", "onnx_structure", "onnx_writer"},
     {"verify"},
     {"testing"},
     {"digits", "models", "report", "inspection", "provenance", "skeleton", "slimming"},

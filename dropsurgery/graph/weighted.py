@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from dropsurgery.graph.affine import Affine, Refused, argument, stored_tensor
 from dropsurgery.graph.leaves import forward_owner, has_hooks
+from dropsurgery.graph.rounding import round_rows
 
 # What torch computes convolutions in; anything else (quantised, complex) is left alone.
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -85,9 +86,9 @@ class Weighted:
         With a map s₀x + t₀ `before` the layer, s(W(s₀x + t₀) + b) + t: the weight is s·W·s₀ and
         the bias s(b + W·t₀) + t.
 
-        The arithmetic is float64, rounded once to the weight's dtype, and goes by blocks, so that
-        it takes little memory beside the result. Dense strides (channels_last) are kept. (To half
-        precision torch converts through float32: a value within 2⁻²⁵ of a tie may go either way.)
+        The arithmetic is float64, rounded once to the weight's dtype (see `round_rows` for half
+        precision), and goes by blocks, so that it takes little memory beside the result. Dense
+        strides (channels_last) are kept.
         """
         weight = torch.empty_like(self.weight, requires_grad=False)
         target, source = self._view(weight), self._view(self.weight.detach())
@@ -95,11 +96,11 @@ class Weighted:
         outer = affine.scale.expand(self.channels).reshape(shape)
         if before is None:
             for new, old, factor in self._blocks(target, source, outer):
-                new.copy_(old.double() * factor)
+                new.copy_(_rounded(old.double() * factor, weight.dtype))
         else:
             parts = (target, source, outer, self._inner(before.scale, source))
             for new, old, factor, inner in self._blocks(*parts):
-                new.copy_((old.double() * inner).mul_(factor))
+                new.copy_(_rounded((old.double() * inner).mul_(factor), weight.dtype))
         return weight, self.shifted(affine, before).to(weight.dtype)
 
     def shifted(self, affine: Affine, before: Affine | None = None) -> Tensor:
@@ -144,6 +145,11 @@ class Weighted:
                     part if part.shape[1] != rows else part[:, row : row + some_rows]
                     for part in chosen
                 )
+
+
+def _rounded(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a block (groups, out/groups, in/groups, …) of a weight, a row for each output."""
+    return round_rows(block.flatten(0, 1), dtype).view(block.shape)
 
 
 _CONVS: Mapping[type[nn.Module], int] = {

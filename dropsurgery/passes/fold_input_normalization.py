@@ -16,6 +16,7 @@ from dropsurgery.graph.channels import Shapes
 from dropsurgery.graph.linear import Linear
 from dropsurgery.graph.module import fresh_path, place_like
 from dropsurgery.graph.pieces import Layer
+from dropsurgery.graph.rounding import round_rows
 from dropsurgery.graph.stencil import Kernel, Stencil
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -174,9 +175,8 @@ class FoldInputNormalization(Pass):
             kernel = self._kernel(module, nodes[name], shift=kept == "nothing")
             layer: Any = module.get_submodule(str(nodes[name].target))
             old, axes = layer.weight, len(kernel.form.axes)
-            layer.weight = nn.Parameter(
-                torch.empty_like(old).copy_(kernel.weight.view(old.shape)), old.requires_grad
-            )
+            weight = round_rows(kernel.weight.view(old.shape), old.dtype)
+            layer.weight = nn.Parameter(torch.empty_like(old).copy_(weight), old.requires_grad)
             if kernel.form.shifts:
                 layer.bias = nn.Parameter(kernel.bias.to(old.dtype), old.requires_grad)
         if kept != "nothing":

@@ -16,6 +16,7 @@ from dropsurgery.graph.linear import Linear, between
 from dropsurgery.graph.linear_regions import LinearRegions, Region
 from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
 from dropsurgery.graph.pieces import Gain, Layer, Sum, operands
+from dropsurgery.graph.rounding import round_rows
 from dropsurgery.graph.stencil import Kernel, Stencil
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -420,7 +421,10 @@ def _build(kernel: Kernel, weights: list[Tensor]) -> nn.Module:
     else:
         layer = nn.Linear(form.inputs, form.outputs, form.shifts, device="meta")
     as_it_is = form == kernel.form and kernel.scale is None
-    weight = (kernel.weight if as_it_is else kernel.placed(form)).to(like.dtype, copy=True)
+    if as_it_is:
+        weight = kernel.weight.to(like.dtype, copy=True)
+    else:
+        weight = round_rows(kernel.placed(form), like.dtype).clone()
     if weight.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         weight = weight.contiguous(memory_format=torch.channels_last)
     trains = any(weight.requires_grad for weight in weights)

@@ -1,0 +1,91 @@
+"""How the shifts and scales of channels that `FoldAffine` leaves are written in ONNX."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.channel import ChannelScale, ChannelShift
+from dropsurgery.onnx_writer import module_of
+
+ChannelMaps = Literal["conv", "elementwise"]
+
+
+def check_channel_maps(value: object) -> None:
+    """Refuse an unknown way."""
+    if value not in get_args(ChannelMaps):
+        known = " or ".join(map(repr, get_args(ChannelMaps)))
+        raise ArgumentError(f"channel_maps is {value!r}", fix=known)
+
+
+def write_as_convolutions(ir_model: Any, model: nn.Module) -> int:
+    """Write x + t and x·s of images as depthwise 1x1 convolutions: 1·x + t and s·x.
+
+    Both are exact. onnxruntime computes chains of convolutions on a CPU in a blocked layout, which
+    an addition of (C, 1, 1) leaves and a convolution keeps, with the activation behind it fused.
+
+    Args:
+        ir_model: the exported graph.
+        model: what it was exported from.
+
+    Returns:
+        How many were written so.
+    """
+    kinds = {
+        path: kind
+        for path, layer in model.named_modules()
+        for kind, cls in (("Add", ChannelShift), ("Mul", ChannelScale))
+        if type(layer) is cls
+    }
+    graph, count = ir_model.graph, 0
+    for node in [*graph]:
+        path = module_of(node)
+        if node.op_type == kinds.get(path) and not node.outputs[0].is_graph_output():
+            count += _replace(graph, node, path)
+    return count
+
+
+def _replace(graph: Any, node: Any, path: str) -> bool:
+    """Put a convolution in the place of an addition or multiplication, where it is of images."""
+    import numpy as np
+    import onnx_ir
+
+    data, constant = node.inputs
+    values = None if constant.const_value is None else constant.const_value.numpy()
+    if values is None or data.shape is None or len(data.shape) != 4:
+        return False
+    if values.ndim not in (3, 4) or values.size != values.shape[-3]:
+        return False
+    channels = values.size
+    weight = np.ones(channels, values.dtype) if node.op_type == "Add" else values
+    operands = {"weight": weight.reshape(channels, 1, 1, 1)}
+    if node.op_type == "Add":
+        operands["bias"] = values.reshape(channels)
+    inputs = [data]
+    for name, array in operands.items():
+        value = onnx_ir.val(f"{path}.{name}", const_value=onnx_ir.tensor(array))
+        value.name = _free(graph, f"{path}.{name}")
+        graph.register_initializer(value)
+        inputs.append(value)
+    written = onnx_ir.node(
+        "Conv",
+        inputs,
+        {"group": channels, "kernel_shape": [1, 1]},
+        metadata_props=dict(node.metadata_props),
+    )
+    old, new = node.outputs[0], written.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [written], [old], [new])
+    if not constant.uses():
+        graph.initializers.pop(constant.name, None)
+    return True
+
+
+def _free(graph: Any, name: str) -> str:
+    """Return a name that no initializer has."""
+    count, found = 1, name
+    while found in graph.initializers:
+        found, count = f"{name}_{count}", count + 1
+    return found
