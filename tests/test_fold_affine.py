@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import dropsurgery as ds
 from dropsurgery.layers import ChannelScale, ChannelShift, ClassicDropout
+from dropsurgery.models import import_torchvision
 from tests.fold_helpers import (
     IMAGE,
     Chain,
@@ -292,6 +293,27 @@ def test_maps_of_borders() -> None:
         assert calls(unknown.module) == without
 
 
+@pytest.mark.parametrize("how", ["function", "named", "same"])
+def test_maps_of_borders_of_functions_and_of_padding_that_is_computed(how: str) -> None:
+    """F.conv2d with its operands as arguments, and timm's convolution that pads as TensorFlow's."""
+    import_torchvision()
+    from timm.layers.conv2d_same import Conv2dSame
+
+    forwards: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "function": lambda n, y: F.conv2d(y, n.w, None, 2, 1, 1, 2),
+        "named": lambda n, y: F.conv2d(y, n.w, bias=n.b, stride=(2, 1), padding=(2, 1), groups=2),
+        "same": lambda n, y: n.conv(y),
+    }
+    model = ready(
+        Lambda(lambda n, x: forwards[how](n, n.bn(x.sin())), bn=norm(), w=values(6, 2, 3, 3),
+               b=values(6), conv=Conv2dSame(4, 6, 3, 2, groups=2))
+    )  # fmt: skip
+    name = "Conv2dSame" if how == "same" else "conv2d"
+    assert calls(fold_affine(model, IMAGE).module) == ["sin", "ChannelShift", name]
+    result = fold_affine(model, IMAGE, border_maps="always")
+    assert calls(result.module) == ["sin", name, "ChannelShift"]
+
+
 def test_a_map_of_borders_follows_a_batchnorm_behind_it(tmp_path: Any) -> None:
     layers = {"act": nn.SiLU(), "a": norm(), "conv": conv(4, 4, padding=1, groups=2), "b": norm()}
     model = ready(Chain(**layers))
@@ -352,6 +374,28 @@ def test_batchnorm_takes_in_what_it_can() -> None:
     model = ready(Lambda(lambda n, x: n.b(F.relu(n.a(x.sin()))).cos(), a=norm(), b=norm()))
     result = fold_affine(model, IMAGE)
     assert calls(result.module) == ["sin", "ChannelShift", "relu", "BatchNorm2d", "cos"]
+
+
+@pytest.mark.parametrize("training", [None, False])
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_batchnorm_function_takes_in_what_it_can(training: bool | None, rank: int) -> None:
+    """It becomes a layer, which has a place for another weight and bias."""
+
+    def forward(n: Any, x: Tensor) -> Tensor:
+        y = F.relu(n.a(x.sin()))
+        off = n.training if training is None else training
+        return F.batch_norm(y, n.mean, n.var, None, n.b, off).cos()
+
+    first = nn.BatchNorm2d(4) if rank == 4 else nn.BatchNorm1d(4)
+    model = ready(Lambda(forward, a=first, mean=values(4), var=values(4, seed=1),
+                         b=nn.Parameter(values(4, seed=2))))  # fmt: skip
+    image = IMAGE.flatten(2) if rank == 3 else IMAGE if rank == 4 else IMAGE[:, :, 0, 0]
+    result = fold_affine(model, image)
+    kind = "BatchNorm2d" if rank == 4 else "BatchNorm1d"
+    assert calls(result.module) == ["sin", "ChannelShift", "relu", kind, "cos"]
+    assert not {"mean", "var", "b"} & set(result.module.state_dict())
+    result.module.train()  # an inference graph: nothing follows the mode
+    assert not result.module.batch_norm_folded.weight.requires_grad
 
 
 # --- the API -----------------------------------------------------------------------------------

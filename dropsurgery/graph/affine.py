@@ -122,6 +122,13 @@ _INPUT_CHECKS: Mapping[Any, tuple[int, ...]] = {
     batchnorm.BatchNorm2d._check_input_dim: (4,),
     batchnorm.BatchNorm3d._check_input_dim: (5,),
 }
+# By rank of the input: the layer that computes what `F.batch_norm` does.
+NORM_LAYERS: Mapping[int | None, type[nn.Module]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 # Positions of (input, mean, var, weight, bias, training, eps).
 _NORM_FUNCTIONS: Mapping[Callable[..., Any], tuple[int, ...]] = {
     F.batch_norm: (0, 1, 2, 3, 4, 5, 7),

@@ -114,9 +114,20 @@ def is_padded(node: fx.Node, called: Any) -> bool:
     return bool(padding != "valid")
 
 
-def is_plain_conv(called: nn.Module | None) -> bool:
-    """Say whether a module is a convolution that runs torch's own forward."""
-    return called is not None and forward_owner(called).startswith("torch.nn.modules.conv.Conv")
+def is_plain_conv(node: fx.Node, called: nn.Module | None) -> bool:
+    """Say whether a node is a convolution with torch's own forward, or one that pads as "same"."""
+    if called is None:
+        return node.target in (F.conv1d, F.conv2d, F.conv3d)
+    owner = forward_owner(called)
+    return owner.startswith("torch.nn.modules.conv.Conv") or owner.endswith(".Conv2dSame")
+
+
+def conv_options(node: fx.Node) -> tuple[Any, ...]:
+    """Return stride, padding, dilation and groups of a call of F.conv1d, F.conv2d or F.conv3d."""
+    names = ("stride", "padding", "dilation", "groups")
+    defaults = (1, 0, 1, 1)
+    found = zip(range(3, 7), names, defaults, strict=True)
+    return tuple(argument(node, index, name, default) for index, name, default in found)
 
 
 def check_alone(

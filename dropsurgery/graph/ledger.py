@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.func import functional_call
 
 from dropsurgery.graph.affine import Affine, Refused
-from dropsurgery.graph.carriers import read_carrier
+from dropsurgery.graph.carriers import conv_options, read_carrier
 from dropsurgery.graph.channel_maps import ChannelMap, read_map
 from dropsurgery.graph.gauge import Part, Path, evaluate
 from dropsurgery.graph.stored import Table
@@ -128,20 +128,29 @@ class LayerState:
         parts = (self.before, self.after)
         return any(part is not None and bool(part.shift.any()) for part in parts)
 
-    def border_map(self, size: Sequence[int]) -> Tensor:
+    def border_map(self, node: fx.Node, size: Sequence[int]) -> Tensor:
         """Return what the border's summand adds to the output, in float64: (C, H, W).
 
         Args:
+            node: the convolution.
             size: the input's spatial sizes, on which it depends.
         """
-        layer: Any = self.carrier.module
         assert self.border is not None
         shape = (1, self.carrier.inputs) + (1,) * len(size)
         values = self.border.expand(self.carrier.inputs).view(shape).expand(*shape[:2], *size)
         weight = self.carrier.weight.detach().double()
-        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
-        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        found = convolve(values.to(weight.device), weight, None, *options)[0]
+        values = values.to(weight.device)
+        if self.carrier.module is not None:
+            zeros = weight.new_zeros(self.carrier.channels)
+            state = (
+                {"weight": weight}
+                if self.carrier.bias is None
+                else {"weight": weight, "bias": zeros}
+            )
+            found = functional_call(self.carrier.module, state, (values,))[0]
+        else:
+            convolve: Any = node.target
+            found = convolve(values, weight, None, *conv_options(node))[0]
         scale = (self.after or _nothing()).scale
         return found * scale.view((-1,) + (1,) * len(size))
 

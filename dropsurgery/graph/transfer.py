@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dropsurgery.graph.affine import Refused, identity_input
+from dropsurgery.graph.affine import NORM_LAYERS, Refused, identity_input, norm_function
 from dropsurgery.graph.carriers import (
     check_alone,
     input_axis,
@@ -277,7 +277,7 @@ class Scene:
                 raise Refused(f"{carrier.label} has windows of different sizes, so no shift")
             if is_padded(op, self.called(op)):
                 known = "tensor_meta" in op.meta and "tensor_meta" in wire.meta
-                if not self.borders or not known or not is_plain_conv(self.called(op)):
+                if not self.borders or not known or not is_plain_conv(op, self.called(op)):
                     raise Refused(f"{carrier.label} pads with zeros, which a shift does not pass")
                 return "border"
         return "in"
@@ -320,14 +320,14 @@ class Scene:
 
     def _check_takes(self, op: fx.Node, state: MapState, known: Known) -> None:
         """Raise Refused where a map stays as it is, or has no channels to put a vector on."""
-        called = self.called(op)
-        if state.read.norm is not None and called is None:
-            raise Refused(f"{self.label(op)} is a function of given statistics")
+        rank = self.shapes.rank(state.read.data)
+        if norm_function(op, self.called(op)) is not None and rank not in NORM_LAYERS:
+            raise Refused(f"the rank of '{op.name}' is not known: trace with example inputs")
         for gauge in known.values():
             size = len(state.affine.scale)
             if gauge.axis is not None and size not in (1, len(gauge.vector)):
                 raise Refused(f"{self.label(op)} has {size} channels")
-            unknown = state.read.norm is None and self.shapes.rank(state.read.data) is None
+            unknown = state.read.norm is None and rank is None
             if gauge.axis is not None and unknown:
                 raise Refused(f"the rank of '{op.name}' is not known: trace with example inputs")
 

@@ -380,10 +380,10 @@ class Planner:
         own: set[int] = set()
         writes = []
         for names in groups:
-            layer = layers[names[0]].carrier.module
-            path = ""
-            if isinstance(layers[names[0]].carrier, Product) and layers[names[0]].adds:
-                operand = layers[names[0]].carrier.operands[0]
+            first = layers[names[0]]
+            layer, path = first.carrier.module, ""
+            if isinstance(first.carrier, Product) and first.adds:
+                (operand, _) = first.carrier.operands
                 path = self._fresh(str(operand.target if operand else ""), "linear", taken)
             elif layer is not None:
                 calls = {call.name for call in self.scene.uses.calls(layer)}
@@ -392,14 +392,14 @@ class Planner:
                     path = self._fresh(str(self.nodes[names[0]].target), "folded", taken)
                 else:
                     own.add(id(layer))
-            first = layers[names[0]]
             border, size = "", tuple[int, ...]()
             if first.border is not None:
                 node = self.nodes[names[0]]
-                border = self._fresh(str(node.target), "border", taken)
+                target = str(node.target) if node.op == "call_module" else self._own_path(node)
+                border = self._fresh(target, "border", taken)
                 shape = node.all_input_nodes[0].meta["tensor_meta"].shape
                 size = tuple(shape[-(first.carrier.spatial or 0) :])
-            writes.append(Write(tuple(names), path, border, size))
+            writes.append(Write(tuple(names), path, border, size, first.adds))
         # A copy is made of the layer as it was, so before the layer itself is written.
         return sorted(writes, key=lambda write: not write.copy_to)
 
@@ -422,13 +422,14 @@ class Planner:
                 continue
             target = str(node.target) if node.op == "call_module" else self._own_path(node)
             if state.scales and state.shifts:
-                found.append(Rewrite(name, "norm", self._fresh(target, "folded", taken)))
+                path, rank = self._fresh(target, "folded", taken), self._rank(state)
+                found.append(Rewrite(name, "norm", path, (rank or 2) - 2))
                 continue
             how = "scale" if state.scales else "shift"
             rank = self._rank(state)
             ones = 0 if state.axis is None or rank is None else rank - 1 - state.axis
-            dtype = str(self._dtype(name, state)).removeprefix("torch.")
-            found.append(Rewrite(name, how, self._fresh(target, how, taken), ones, dtype))
+            path, dtype = self._fresh(target, how, taken), str(self._dtype(name, state))
+            found.append(Rewrite(name, how, path, ones, dtype.removeprefix("torch.")))
         return found
 
     def _own_path(self, node: fx.Node) -> str:

@@ -14,7 +14,7 @@ class Rewrite:
         how: "gone"; "shift" or "scale", a single addition or multiplication; "norm", a BatchNorm
             with another weight and bias; "identity", a drop layer that was passed.
         path: the path of the module that is called now, where there is one.
-        ones: how many axes come behind the channels'.
+        ones: how many axes come behind the channels' (of a BatchNorm where that is known).
         dtype: the dtype of what is added or multiplied.
         fresh: nodes that wrote in place and now must not: they would write into what others read.
         dense: whether what the map read has to be made contiguous, as the map's output was.
@@ -38,9 +38,11 @@ class Write:
         copy_to: path of a new module for it, where the layer's own weights are needed elsewhere.
         border: path of what adds the map of the borders behind it, if there is one.
         size: the spatial sizes of the input that the map is for.
+        adds: whether it needs a bias; a layer that has none gets none where it does not.
     """
 
     nodes: tuple[str, ...]
     copy_to: str = ""
     border: str = ""
     size: tuple[int, ...] = ()
+    adds: bool = True

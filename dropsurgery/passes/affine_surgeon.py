@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropsurgery.errors import PassError
-from dropsurgery.graph.affine import Refused
+from dropsurgery.graph.affine import NORM_LAYERS, Refused, norm_function
 from dropsurgery.graph.clone import clone_structure
 from dropsurgery.graph.dense import make_plain
 from dropsurgery.graph.ledger import LayerState, Ledger, MapState, Move
@@ -49,14 +49,15 @@ class Surgeon(WeightEditor):
 
     def write(self, ledger: Ledger, step: Write) -> None:
         """Write one set of weights."""
-        state = ledger.layers[step.nodes[0]]
+        state, node = ledger.layers[step.nodes[0]], self.nodes[step.nodes[0]]
         if isinstance(state.carrier, Table):
-            self.put_table(self.nodes[step.nodes[0]], state.carrier, state.table(), step.copy_to)
+            self.put_table(node, state.carrier, state.table(), step.copy_to)
         else:
             weight, bias = state.absorbed()
-            self.put_weights(self.nodes[step.nodes[0]], state.carrier, weight, bias, step.copy_to)
+            keeps = step.adds or state.carrier.bias is not None
+            self.put_weights(node, state.carrier, weight, bias if keeps else None, step.copy_to)
         if step.border:
-            self.add_border(self.nodes[step.nodes[0]], state, step)
+            self.add_border(node, state, step)
         for name in step.nodes:
             if step.copy_to and state.carrier.module is not None:
                 self.retarget(self.nodes[name], step.copy_to)
@@ -64,7 +65,7 @@ class Surgeon(WeightEditor):
     def add_border(self, node: fx.Node, state: LayerState, step: Write) -> None:
         """Add the map of a convolution's borders behind it."""
         kept = state.carrier.weight
-        values = state.border_map(step.size).to(kept.dtype).requires_grad_(kept.requires_grad)
+        values = state.border_map(node, step.size).to(kept.dtype).requires_grad_(kept.requires_grad)
         self.add(step.border, ChannelShift(values))
         users = list(node.users)
         with self.graph.inserting_after(node):
@@ -86,7 +87,7 @@ class Surgeon(WeightEditor):
             self.take_map_out(node, self.data(node, state), state.read.tail, dense=step.dense)
             return
         if step.how == "norm":
-            self.add(step.path, _norm(ledger.called(node), state))
+            self.add(step.path, _norm(node, ledger.called(node), state, step.ones))
         else:
             affine = state.affine
             values = affine.scale if step.how == "scale" else affine.shift
@@ -131,15 +132,23 @@ def _parameter_of(state: MapState) -> Tensor:
     return next(tensor for tensor in tensors if tensor is not None)
 
 
-def _norm(called: nn.Module | None, state: MapState) -> nn.Module:
+def _norm(node: fx.Node, called: nn.Module | None, state: MapState, spatial: int) -> nn.Module:
     """Return a BatchNorm with its statistics, and weight and bias for another map.
 
-    s = weight/√(var + eps) and t = bias - mean·s.
+    s = weight/√(var + eps) and t = bias - mean·s. A function of given statistics becomes a layer,
+    for an input with `spatial` axes behind the channels'.
     """
     norm = state.read.norm
-    assert called is not None
     assert norm is not None
-    layer: Any = clone_structure(called)
+    layer: Any
+    if called is not None and norm_function(node, called) is None:
+        layer = clone_structure(called)
+    else:
+        layer = NORM_LAYERS[spatial + 2](len(norm.mean), norm.eps, device="meta")
+        mean, var = norm.mean.detach(), norm.var.detach()
+        count = torch.zeros((), dtype=torch.long, device=mean.device)
+        layer._buffers |= {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+        layer.training = False
     dtype = norm.mean.dtype
     weight = state.affine.scale * (norm.var.detach().double() + norm.eps).sqrt()
     bias = state.affine.shift + norm.mean.detach().double() * state.affine.scale

@@ -19,7 +19,7 @@ class WeightEditor(Editor):
     """What passes that fold maps into weights share."""
 
     def put_weights(
-        self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor, copy_to: str = ""
+        self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor | None, copy_to: str = ""
     ) -> None:
         """Give a layer new weights, or make a copy of it that has them.
 
@@ -27,7 +27,7 @@ class WeightEditor(Editor):
             node: a call of the layer.
             old: the layer as it was.
             weight: its new weight.
-            bias: its new bias.
+            bias: its new bias; None where it has none, and needs none.
             copy_to: path of the copy; for a product with a stored matrix, of the linear layer
                 that it becomes, which has a place for the bias.
         """
@@ -43,7 +43,8 @@ class WeightEditor(Editor):
             self.module.add_submodule(copy_to, layer)
         layer.weight = nn.Parameter(weight, old.weight.requires_grad)
         kept = old.weight if old.bias is None else old.bias
-        layer.bias = nn.Parameter(bias, kept.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, kept.requires_grad)
 
     def put_table(self, node: fx.Node, old: Table, values: Tensor, copy_to: str = "") -> None:
         """Give a stored tensor or an embedding new values, or make a copy that has them."""
@@ -85,7 +86,7 @@ class WeightEditor(Editor):
         self.erase(node)
 
     def _set_matrix(
-        self, node: fx.Node, old: Product, weight: Tensor, bias: Tensor, path: str
+        self, node: fx.Node, old: Product, weight: Tensor, bias: Tensor | None, path: str
     ) -> None:
         """Give a product another matrix, or make it the linear layer at `path`, with a bias."""
         operand = old.operands[0]
@@ -97,6 +98,7 @@ class WeightEditor(Editor):
         layer = nn.Linear(inputs, outputs, device="meta")
         trains = old.weight.requires_grad
         layer.weight = nn.Parameter(weight.t().contiguous(), trains)
+        assert bias is not None
         layer.bias = nn.Parameter(bias, trains)
         self.module.add_submodule(path, layer.train(False))
         with self.graph.inserting_before(node):
@@ -105,12 +107,16 @@ class WeightEditor(Editor):
         node.replace_all_uses_with(new)
         self.erase(node)
 
-    def _set_operands(self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor) -> None:
+    def _set_operands(
+        self, node: fx.Node, old: Weighted, weight: Tensor, bias: Tensor | None
+    ) -> None:
         """Give a functional layer new weights."""
         weight_node, bias_node = old.operands
         assert weight_node is not None
         target = str(weight_node.target)
         self.assign(target, weight, old.weight)
+        if bias is None:
+            return
         if bias_node is not None:
             assert old.bias is not None
             self.assign(str(bias_node.target), bias, old.bias)
