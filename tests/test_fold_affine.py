@@ -209,6 +209,30 @@ def test_a_preactivation_residual_stream() -> None:
     assert result.skipped == ()
 
 
+def test_a_scale_takes_the_short_way_where_the_other_is_a_whole_stream() -> None:
+    """Else every layer of a residual stream would be scaled by every BatchNorm that reads it."""
+
+    def forward(n: Any, x: Tensor) -> Tensor:
+        x = n.stem(x)
+        for i in range(4):
+            x = x + getattr(n, f"b{i}")(F.relu(getattr(n, f"a{i}")(getattr(n, f"bn{i}")(x))))
+        return n.head(x)
+
+    names = [f"{kind}{i}" for i in range(4) for kind in "ab"]
+    layers = {name: conv(kernel=1) for name in names}
+    norms = {f"bn{i}": norm() for i in range(4)}
+    model = ready(Lambda(forward, stem=conv(), head=conv(kernel=1), **layers, **norms))
+    result = fold_affine(model, IMAGE)
+    assert norms_left(result.module) == 0
+    assert [change.what for change in result.changes] == [
+        f"BatchNorm2d 'bn{i}': shift into Conv2d 'a{i}'; scale into Conv2d 'a{i}'" for i in range(4)
+    ]
+    assert torch.equal(result.module.stem.weight, model.stem.weight)
+    with torch.no_grad():  # what cannot be divided by zero goes the long way
+        model.bn0.weight[1] = 0.0
+    assert norms_left(fold_affine(model, IMAGE).module) <= 1
+
+
 def test_dense_features_that_several_batchnorms_read() -> None:
     def forward(n: Any, x: Tensor) -> Tensor:
         a = n.a(x)

@@ -19,8 +19,13 @@ from dropsurgery.graph.module import Skip, fresh_path, module_path
 from dropsurgery.graph.stored import Product
 from dropsurgery.graph.transfer import Scene, Spread, is_pure
 from dropsurgery.graph.two_mode import TwoModeGraphModule
+from dropsurgery.passes.affine_dtypes import check_identity, common_dtype
 from dropsurgery.passes.affine_steps import Rewrite, Write
 from dropsurgery.passes.base import Change, Plan
+
+# Into more layers than these a scale goes back only where the way forward is no shorter: maps that
+# pass a whole residual stream are multiplied with each other there.
+_NEAR = 4
 
 
 class Planner:
@@ -118,10 +123,12 @@ class Planner:
         undo: list[dict[str, MapState | LayerState]] = []
         count = len(self.moves)
         reasons: list[str] = []
-        if state.scales and not self._move(name, "scale", (False,), undo, reasons):
-            if state.shifts:
-                self._move(name, "shift", (True,), undo, reasons)
-            self._move(name, "scale", (True,), undo, reasons)
+        if state.scales:
+            far = self._is_far(name)
+            if far or not self._move(name, "scale", (False,), undo, reasons):
+                if state.shifts:
+                    self._move(name, "shift", (True,), undo, reasons)
+                self._move(name, "scale", (True, False) if far else (True,), undo, reasons)
         if self.ledger.maps[name].shifts:
             self._move(name, "shift", (False, True), undo, reasons)
         if len(self.moves) == count:
@@ -137,6 +144,18 @@ class Planner:
             self.kept.add(name)
             return
         self.reasons[name] = "; ".join(dict.fromkeys(reasons))
+
+    def _is_far(self, name: str) -> bool:
+        """Say whether a scale's way back leads into many layers, and that forward into fewer."""
+        counts = []
+        for forward in (False, True):
+            try:
+                counts.append(len(self._find(name, "scale", forward)[0].deposits))
+            except Refused:
+                return False
+            if counts[0] <= _NEAR:
+                return False
+        return counts[1] < counts[0]
 
     def _move(
         self,
@@ -186,10 +205,10 @@ class Planner:
         self.passing: list[fx.Node] = []
         gauge = Gauge(state.axis, vector, part)
         if gauge.is_identity():
-            self._check_identity(node, state.read)
+            check_identity(node, state.read)
             return Move(name, part, forward, ()), None
         spread = self.scene.spread(node, wire, gauge)
-        dtype = self._check_dtypes(state, spread, forward)
+        dtype = common_dtype(self.scene, state, spread, forward)
         self._check_borders(state, spread)
         self.passing = [wire for wire in spread.gauges if self.scene.is_identity(wire)]
         return Move(name, part, forward, spread.as_deposits()), dtype
@@ -234,63 +253,6 @@ class Planner:
     def _check_tail(self, node: fx.Node, state: MapState, part: Part, vector: Tensor) -> None:
         known = {node: Gauge(state.axis, vector, part)}
         self.scene.through_map(node, replace(state, scales=True, shifts=True), known)
-
-    def _check_dtypes(self, state: MapState, spread: Spread, forward: bool) -> torch.dtype | None:
-        """Raise Refused unless all that takes part computes in one dtype, on one device."""
-        norm = state.read.norm
-        dtypes, devices = set[torch.dtype](), set[torch.device]()
-        for name, _ in spread.deposits:
-            carrier = None if name in self.ledger.maps else self.scene.carrier(self.nodes[name])
-            other = self.ledger.maps[name].read.norm if name in self.ledger.maps else None
-            for tensor in () if carrier is None else carrier.tensors:
-                dtypes.add(tensor.dtype)
-                devices.add(tensor.device)
-            for tensor in () if other is None else other.tensors:
-                devices.add(tensor.device)
-        if len(dtypes) > 1:
-            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-            raise Refused(f"it would go into layers of {names}")
-        dtype = next(iter(dtypes), None)
-        if norm is not None:
-            devices |= {tensor.device for tensor in norm.tensors}
-            own = {tensor.dtype for tensor in norm.tensors}
-            half = dtype in (torch.float16, torch.bfloat16) and own == {torch.float32}
-            if dtype is not None and own != {dtype} and (norm.promotes or not half):
-                names = ", ".join(sorted(str(kind) for kind in own))
-                raise Refused(f"the layers are {dtype} and the statistics are {names}")
-            dtype = dtype or self._known_dtype(state.read, own)
-        elif dtype is not None:
-            self._check_constant(state.read, dtype, forward)
-        if len(devices) > 1:
-            raise Refused("it is not on the device of the layers")
-        if dtype is None:
-            raise Refused("the dtype of its input is not known: trace with example inputs")
-        return dtype
-
-    def _known_dtype(self, read: ChannelMap, own: set[torch.dtype]) -> torch.dtype | None:
-        """Return the dtype of a BatchNorm's input, which float32 statistics do not tell."""
-        known = getattr(read.data.meta.get("tensor_meta"), "dtype", None)
-        if known is None and own != {torch.float32}:
-            (known,) = own
-        return known
-
-    def _check_identity(self, node: fx.Node, read: ChannelMap) -> None:
-        """Raise Refused where a map that changes no value may change the dtype."""
-        if read.norm is not None and not read.norm.promotes:
-            return
-        metas = [value.meta.get("tensor_meta") for value in (node, read.data)]
-        before, after = (getattr(meta, "dtype", None) for meta in metas)
-        if before is None or before != after:
-            raise Refused("the dtype of its input is not known: trace with example inputs")
-
-    def _check_constant(self, read: ChannelMap, dtype: torch.dtype, forward: bool) -> None:
-        """Raise Refused where a constant may change the dtype of what it is joined to."""
-        if read.dtype is not None and read.dtype != dtype:
-            raise Refused(f"the layers are {dtype} and the constant is {read.dtype}")
-        meta = read.data.meta.get("tensor_meta")
-        known = getattr(meta, "dtype", None)
-        if known != dtype and (forward or known is not None):
-            raise Refused("the dtype of its input is not known: trace with example inputs")
 
     def _check_result(self, name: str) -> None:
         """Raise Refused where what is left of a map costs more than the map, or is not held."""
