@@ -21,7 +21,7 @@ def check_channel_maps(value: object) -> None:
 
 
 def write_as_convolutions(ir_model: Any, model: nn.Module) -> int:
-    """Write x + t and x·s of images as depthwise 1x1 convolutions: 1·x + t and s·x.
+    """Write x + t and x·s of float32 images as depthwise 1x1 convolutions: 1·x + t and s·x.
 
     Both are exact. onnxruntime computes chains of convolutions on a CPU in a blocked layout, which
     an addition of (C, 1, 1) leaves and a convolution keeps, with the activation behind it fused.
@@ -55,6 +55,8 @@ def _replace(graph: Any, node: Any, path: str) -> bool:
     data, constant = node.inputs
     values = None if constant.const_value is None else constant.const_value.numpy()
     if values is None or data.shape is None or len(data.shape) != 4:
+        return False
+    if values.dtype != np.float32:  # the one dtype whose convolutions every CPU build has
         return False
     if values.ndim not in (3, 4) or values.size != values.shape[-3]:
         return False

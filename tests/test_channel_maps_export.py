@@ -89,6 +89,16 @@ def test_images_only(
     ds.testing.assert_equivalent(model, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_float32_only(tmp_path: Path, dtype: torch.dtype) -> None:
+    """onnxruntime has no convolution of other dtypes on a CPU."""
+    model = nn.Sequential(nn.ReLU(), ChannelShift(torch.randn(4, 1, 1)), nn.Sigmoid()).eval()
+    model = model.to(dtype)
+    path = ds.export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4, 5, 5, dtype=dtype))
+    assert operations(path) == Counter({"Relu": 1, "Add": 1, "Sigmoid": 1})
+    ds.testing.assert_equivalent(model, path)
+
+
 def test_one_layer_that_is_called_twice_and_one_that_is_the_output(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
