@@ -8,7 +8,6 @@ from torch import nn
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
-from dropsurgery.onnx_writer import module_of
 
 ChannelMaps = Literal["conv", "elementwise"]
 
@@ -34,16 +33,16 @@ def write_as_convolutions(ir_model: Any, model: nn.Module) -> int:
         How many were written so.
     """
     kinds = {
-        path: kind
+        f"{path}.{name}": kind
         for path, layer in model.named_modules()
-        for kind, cls in (("Add", ChannelShift), ("Mul", ChannelScale))
+        for kind, name, cls in (("Add", "shift", ChannelShift), ("Mul", "scale", ChannelScale))
         if type(layer) is cls
     }
     graph, count = ir_model.graph, 0
     for node in [*graph]:
-        path = module_of(node)
-        if node.op_type == kinds.get(path) and not node.outputs[0].is_graph_output():
-            count += _replace(graph, node, path)
+        stored = str(node.inputs[1].name) if len(node.inputs) == 2 and node.inputs[1] else ""
+        if node.op_type == kinds.get(stored) and not node.outputs[0].is_graph_output():
+            count += _replace(graph, node, stored.rpartition(".")[0])
     return count
 
 
