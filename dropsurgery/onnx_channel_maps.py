@@ -8,7 +8,6 @@ from torch import nn
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.channel import ChannelScale, ChannelShift
-from dropsurgery.onnx_writer import module_of
 
 ChannelMaps = Literal["conv", "elementwise"]
 
@@ -21,7 +20,7 @@ def check_channel_maps(value: object) -> None:
 
 
 def write_as_convolutions(ir_model: Any, model: nn.Module) -> int:
-    """Write x + t and x·s of images as depthwise 1x1 convolutions: 1·x + t and s·x.
+    """Write x + t and x·s of float32 images as depthwise 1x1 convolutions: 1·x + t and s·x.
 
     Both are exact. onnxruntime computes chains of convolutions on a CPU in a blocked layout, which
     an addition of (C, 1, 1) leaves and a convolution keeps, with the activation behind it fused.
@@ -34,16 +33,16 @@ def write_as_convolutions(ir_model: Any, model: nn.Module) -> int:
         How many were written so.
     """
     kinds = {
-        path: kind
+        f"{path}.{name}": kind
         for path, layer in model.named_modules()
-        for kind, cls in (("Add", ChannelShift), ("Mul", ChannelScale))
+        for kind, name, cls in (("Add", "shift", ChannelShift), ("Mul", "scale", ChannelScale))
         if type(layer) is cls
     }
     graph, count = ir_model.graph, 0
     for node in [*graph]:
-        path = module_of(node)
-        if node.op_type == kinds.get(path) and not node.outputs[0].is_graph_output():
-            count += _replace(graph, node, path)
+        stored = str(node.inputs[1].name) if len(node.inputs) == 2 and node.inputs[1] else ""
+        if node.op_type == kinds.get(stored) and not node.outputs[0].is_graph_output():
+            count += _replace(graph, node, stored.rpartition(".")[0])
     return count
 
 
@@ -55,6 +54,8 @@ def _replace(graph: Any, node: Any, path: str) -> bool:
     data, constant = node.inputs
     values = None if constant.const_value is None else constant.const_value.numpy()
     if values is None or data.shape is None or len(data.shape) != 4:
+        return False
+    if values.dtype != np.float32:  # the one dtype whose convolutions every CPU build has
         return False
     if values.ndim not in (3, 4) or values.size != values.shape[-3]:
         return False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -18,10 +19,10 @@ from dropsurgery.layers.channel import ChannelScale, ChannelShift
 class PreActivation(nn.Module):
     """Values that two BatchNorms read: the scales move on, the shifts cannot."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.norms = nn.ModuleList(norm(8) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
         for norm in self.norms:
             for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -40,8 +41,9 @@ def operations(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def test_shifts_become_depthwise_convolutions(tmp_path: Path) -> None:
-    model, x = PreActivation().eval(), torch.randn(2, 3, 9, 9)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+def test_shifts_become_depthwise_convolutions(tmp_path: Path, norm: type[nn.Module]) -> None:
+    model, x = PreActivation(norm).eval(), torch.randn(2, 3, 9, 9)
     slim = ds.slim(model, example_inputs=x)
     shifts = [path for path, m in slim.named_modules() if isinstance(m, ChannelShift)]
     assert shifts
@@ -59,7 +61,8 @@ def test_shifts_become_depthwise_convolutions(tmp_path: Path) -> None:
     for path in (as_conv, plain):
         ds.testing.assert_equivalent(model, path)
     # The nodes still bear the path of the module.
-    assert {node.name for node in graph.node} >= {f"{path}/Conv" for path in shifts}
+    named = {node.name for node in graph.node}
+    assert named >= {f"{path.removesuffix('.map')}/Conv" for path in shifts}
 
 
 @pytest.mark.parametrize("layer", [ChannelShift, ChannelScale])
@@ -86,6 +89,16 @@ def test_images_only(
     found = operations(path)
     expected = written or ("Add" if layer is ChannelShift else "Mul")
     assert found == Counter({"Relu": 1, expected: 1, "Sigmoid": 1})
+    ds.testing.assert_equivalent(model, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_float32_only(tmp_path: Path, dtype: torch.dtype) -> None:
+    """onnxruntime has no convolution of other dtypes on a CPU."""
+    model = nn.Sequential(nn.ReLU(), ChannelShift(torch.randn(4, 1, 1)), nn.Sigmoid()).eval()
+    model = model.to(dtype)
+    path = ds.export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4, 5, 5, dtype=dtype))
+    assert operations(path) == Counter({"Relu": 1, "Add": 1, "Sigmoid": 1})
     ds.testing.assert_equivalent(model, path)
 
 

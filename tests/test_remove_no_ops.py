@@ -189,6 +189,50 @@ def test_reshapes_in_a_row() -> None:
     assert bits == ["relu", "view", "view_1", "add"]
 
 
+def test_concatenations_in_a_row() -> None:
+    def nested(self: Any, x: Tensor) -> Tensor:
+        inner = torch.cat([x.relu(), torch.cat([x.tanh(), x], dim=1)], 1)
+        return torch.cat((x.sigmoid(), inner), dim=1)
+
+    assert code(nested) == ["relu", "tanh", "sigmoid", "cat_2"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: torch.cat([torch.cat([x, x], 2), torch.cat([x, x], 2)], 1),  # other axis
+        lambda self, x: (lambda y: torch.cat([y, y], 1))(torch.cat([x, x.relu()], 1)),
+        lambda self, x: (lambda y: torch.cat([y, x], 1) + y.sum())(torch.cat([x, x.relu()], 1)),
+    ],
+)
+def test_concatenations_that_stay(function: Callable[..., Any]) -> None:
+    before = code(function)
+    assert sum(name.startswith("cat") for name in before) == 2
+
+
+def test_a_concatenation_before_a_write_stays() -> None:
+    def late(self: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        inner = torch.cat([y, x], 1)
+        y.add_(1)
+        return torch.cat([inner, y], 1)
+
+    assert [name for name in code(late) if name.startswith("cat")] == ["cat", "cat_1"]
+
+
+def test_concatenations_are_saved_and_loaded(tmp_path: Path) -> None:
+    def nested(self: Any, x: Tensor) -> Tensor:
+        return torch.cat([torch.cat([x.relu(), x], 1), x.tanh()], 1)
+
+    model = Lambda(nested).eval()
+    result = apply(model, RemoveNoOps())
+    assert [change.what for change in result.changes if "at once" in change.what]
+    ds.save(result.module, tmp_path / "m.pt")
+    loaded = ds.load(tmp_path / "m.pt", Lambda(nested).eval())
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert sum(node.target is torch.cat for node in loaded.graph.nodes) == 1
+
+
 def test_equal_operations() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         left = self.conv(x).relu() * x.shape[0]

@@ -27,8 +27,8 @@ class Step:
     """One edit.
 
     Attributes:
-        kind: "replace" a node by another, "reread" (let it read another), "erase", or "store" its
-            value as a buffer.
+        kind: "replace" a node by another, "reread" (let it read another), "splice" (let it join
+            what another joins), "erase", or "store" its value as a buffer.
         node: name of the node.
         other: name of the other node, or path of the buffer.
     """
@@ -44,7 +44,8 @@ class RemoveNoOps(Pass):
 
     - identities (see `dropsurgery.graph.no_ops`): `nn.Identity`, drop layers in eval mode, x·1,
       x + 0, permutations that cancel, casts to the own dtype, pooling over single entries;
-    - one reshape behind another: the second alone;
+    - one reshape behind another: the second alone; a concatenation that only another one reads,
+      along the same axis: all of it in one;
     - the same operation of the same operands twice: once;
     - what depends on no input, such as a gather from a table of position biases or standardised
       weights: computed once and kept as a buffer;
@@ -167,8 +168,31 @@ class _Trial:
                 self.step("reread", node, inner, f"reshapes '{self.names[inner]}' at once")
                 self.memory.join(node, inner)
                 node.update_arg(0, inner)
+        elif (joined := self.joined_before(node)) is not None:
+            self.step("splice", node, joined, f"joins what '{self.names[joined]}' joined, at once")
+            splice(node, joined)
         else:
             self.visit_repeat(node)
+
+    def joined_before(self, node: fx.Node) -> fx.Node | None:
+        """Return a concatenation along the same axis that nothing but this one reads."""
+        if node.target not in _JOINS or not isinstance(node.args[0], list | tuple):
+            return None
+        for inner in node.args[0]:
+            if (
+                isinstance(inner, fx.Node)
+                and inner.target in _JOINS
+                and isinstance(inner.args[0], list | tuple)
+                and _rest(inner) == _rest(node)
+                and len(inner.users) == 1
+                and list(node.args[0]).count(inner) == 1
+                and not any(
+                    next(self.memory.written(value, inner, node), None) is not None
+                    for value in inner.all_input_nodes
+                )
+            ):
+                return inner
+        return None
 
     def visit_repeat(self, node: fx.Node) -> None:
         """Replace a node by an equal one before it."""
@@ -287,6 +311,23 @@ _RESHAPES = _COPYING | {"view"}
 _FLAT = _RESHAPES | {"flatten", torch.flatten, "unsqueeze", torch.unsqueeze}
 
 
+_JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+
+def _rest(node: fx.Node) -> Any:
+    """Return the arguments of a concatenation behind its tensors."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    others = {*node.kwargs} - {"dim", "axis"}
+    return dim if isinstance(dim, int) and not others and len(node.args) <= 2 else id(node)
+
+
+def splice(node: fx.Node, inner: fx.Node) -> None:
+    """Let a concatenation join what another joins, in its place."""
+    items: Any = node.args[0]
+    parts: Any = inner.args[0]
+    node.update_arg(0, [part for item in items for part in (parts if item is inner else (item,))])
+
+
 def _frozen(value: Any) -> Any:
     """Return an argument as something that is equal for equal ones, and hashable."""
     if isinstance(value, fx.Node):
@@ -311,6 +352,8 @@ class _Surgeon(Editor):
             self.erase(node)
         elif step.kind == "reread":
             node.update_arg(0, self.nodes[step.other])
+        elif step.kind == "splice":
+            splice(node, self.nodes[step.other])
         elif step.kind == "erase":
             if not node._erased:
                 self.erase(node)
