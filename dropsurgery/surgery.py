@@ -100,7 +100,9 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
 
     The result is in eval mode, whatever mode `model` is in, and computes what `model` computes in
     eval: exactly but for the rounding of the folded weights, which is done in float64 and rounded
-    once. Parameters that no fold rewrites are shared with `model`, which is not changed.
+    once by each pass that writes a layer. (A merged layer has the BatchNorms of its branches and
+    behind it in it; only a map that reaches it later, through an activation or a pooling, rounds it
+    a second time.) Parameters that no fold rewrites are shared with `model`, which is not changed.
     Submodules that the eval graph does not use (auxiliary heads) are left out.
 
     Args:

@@ -320,6 +320,21 @@ def test_half_precision_tables_hold_what_they_take() -> None:
     assert torch.equal(module.e.weight, (model.e.weight.double() * model.s.double()).half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_product_is_rounded_once(dtype: torch.dtype) -> None:
+    """To one of the two numbers next to what float64 gives, as every folded layer is."""
+    model = ready(
+        Lambda(lambda n, x: ((x.sin() * n.s) @ n.w * n.t + n.b).cos(), w=weight(6, 7),
+               s=weight(6, seed=1), t=weight(7, seed=2), b=weight(7, seed=3))
+    ).to(dtype)  # fmt: skip
+    module = ds.apply(model, ds.FoldAffine(), example_inputs=(TOKENS.to(dtype),)).module
+    assert calls(module) == ["sin", "Linear", "cos"]
+    exact = (model.s.double()[:, None] * model.w.double() * model.t.double()).t()
+    gap = torch.finfo(dtype).eps * exact.abs()
+    assert bool(((module.w_linear.weight.double() - exact).abs() <= gap).all())
+    assert torch.equal(module.w_linear.bias, model.b)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "large"])
 def test_tables_of_any_layout(layout: str) -> None:
     table = {
