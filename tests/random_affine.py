@@ -134,6 +134,12 @@ OPERATIONS: dict[str, tuple[Callable[[int], nn.Module] | None, Callable[..., Ten
     "position": (_table, lambda n, x, y: x + n.value),
     "gain": (_table, lambda n, x, y: x * n.value),
     "matrix": (lambda c: _stored(c, c), lambda n, x, y: _tokens(lambda t: t @ n.value, x)),
+    "addmm": (
+        lambda c: nn.ModuleList([_stored(c, c), _stored(c)]),
+        lambda n, x, y: _tokens(
+            lambda t: torch.addmm(n[1].value, t.flatten(0, 1), n[0].value).reshape(t.shape), x
+        ),
+    ),
     "rows": (
         lambda c: _stored(c, c),
         lambda n, x, y: torch.matmul(n.value, x.flatten(2)).reshape(x.shape),

@@ -208,6 +208,35 @@ def test_products_that_are_left_alone() -> None:
     assert "is also read by matmul_1" in reasons(result)
 
 
+def test_addmm_is_a_linear_layer() -> None:
+    """Its bias comes first, and what it reads second; the weight is (inputs, outputs)."""
+    model = ready(
+        Lambda(lambda n, x: n.b(torch.addmm(n.c, n.a(x.sin()), n.w)).cos(), a=norm(), b=norm(4),
+               w=weight(6, 4), c=weight(4))
+    )  # fmt: skip
+    result = fold_affine(model, TOKENS[0])
+    assert calls(result.module) == ["sin", "addmm", "cos"]
+    assert norms_left(fold_affine(model, TOKENS[0], shapes=False).module) == 1  # the rank of x
+    with torch.no_grad():
+        model.b.weight[1] = -0.7
+        model.b.weight[2] = 0.0
+    assert calls(fold_affine(model, TOKENS[0]).module) == ["sin", "addmm", "cos"]
+    scaled = Lambda(lambda n, x: n.b(torch.addmm(n.c, x.sin(), n.w, beta=2.0)).cos(), b=norm(4),
+                    w=weight(6, 4), c=weight(4))  # fmt: skip
+    assert norms_left(fold_affine(ready(scaled), TOKENS[0]).module) == 1
+    spread = Lambda(lambda n, x: n.b(torch.addmm(n.c, x.sin(), n.w)).cos(), b=norm(4),
+                    w=weight(6, 4), c=weight(5, 4))  # fmt: skip
+    assert norms_left(fold_affine(ready(spread), TOKENS[0]).module) == 1
+
+
+def test_a_matrix_that_is_turned_takes_scales() -> None:
+    model = ready(Lambda(lambda n, x: (torch.matmul(x, n.w.t()) * n.s).cos(), w=weight(4, 6),
+                         s=weight(4, seed=1)))  # fmt: skip
+    result = fold_affine(model, TOKENS)
+    assert calls(result.module) == ["t", "matmul", "cos"]
+    assert "mul: scale into parameter 'w'" in result.changes[0].what.replace(" 'mul'", "")
+
+
 def test_a_product_with_a_matrix_for_every_head() -> None:
     model = ready(
         Lambda(lambda n, x: n.head((torch.bmm(x, n.w) * n.s).tanh()), w=weight(2, 6, 4),

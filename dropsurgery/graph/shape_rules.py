@@ -430,6 +430,7 @@ _NAMED: dict[str, Rule] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _getitem,
+    "addmm": _fixed(2),
     "bmm": _fixed(3),
     "embedding": _embedding,
     **dict.fromkeys(("matmul", "mm"), _matmul),

@@ -3,7 +3,7 @@
 - a tensor that a graph reads (a position table, a class token, a gain for every entry) and the
   table of an embedding: s·w + t, entry by entry, is another tensor of the same kind;
 - a matrix that values are multiplied with: (s·(x·s₀ + t₀)·W) + t = x·(s₀·W·s) + (s·(t₀·W) + t),
-  a linear layer whose weight lies the other way round.
+  a linear layer whose weight lies the other way round; `addmm` has its bias, too.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def read_stored(root: nn.Module, node: fx.Node, called: nn.Module | None) -> Wei
         return _read_tensor(root, node)
     if node.op == "call_module":
         return _read_embedding(node, called)
+    if node.target is torch.addmm:
+        return _read_addmm(root, node)
     if node.target not in PRODUCTS or len(node.args) + len(node.kwargs) != 2:
         return None
     left = argument(node, 0, "input")
@@ -116,6 +118,22 @@ def read_stored(root: nn.Module, node: fx.Node, called: nn.Module | None) -> Wei
         return None
     label = f"{getattr(node.target, '__name__', node.target)} '{node.name}'"
     return Product(label, weight, None, None, transposed=True, operands=(right, None))
+
+
+def _read_addmm(root: nn.Module, node: fx.Node) -> Weighted | None:
+    """Read b + x·W, where all of W and b is stored."""
+    bias, data, weight = (
+        argument(node, index, name) for index, name in enumerate(("input", "mat1", "mat2"))
+    )
+    stored = (isinstance(v, fx.Node) and v.op == "get_attr" for v in (bias, data, weight))
+    if tuple(stored) != (True, False, True) or not set(node.kwargs) <= {"input", "mat1", "mat2"}:
+        return None
+    tensors = _values(root, weight), _values(root, bias)
+    if tensors[1].shape != tensors[0].shape[1:] or tensors[0].dtype != tensors[1].dtype:
+        return None
+    return Weighted(
+        f"addmm '{node.name}'", *tensors, None, transposed=True, operands=(weight, bias)
+    )
 
 
 def _read_tensor(root: nn.Module, node: fx.Node) -> Table:

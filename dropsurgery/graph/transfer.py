@@ -270,7 +270,7 @@ class Scene:
         """Return how a layer takes a gauge of its input; raises Refused where it cannot."""
         if carrier.weight.ndim == 1:
             raise Refused(f"{carrier.label} normalises it away")
-        if wire is not op.all_input_nodes[0] or wire in carrier.operands:
+        if wire is not next(v for v in op.all_input_nodes if v not in carrier.operands):
             raise Refused(f"{carrier.label} reads it as a weight")
         if gauge.part == "shift" and carrier.spatial is not None:
             if carrier.transposed:

@@ -70,6 +70,14 @@ def transpose(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back
     return gauge.moved({dims[0]: dims[1], dims[1]: dims[0]}.get(gauge.axis, gauge.axis))
 
 
+def turn(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back: bool) -> Gauge:
+    """The two axes of a matrix change places."""
+    if _rank(shapes, source) != 2:
+        raise lost(node, "turns a vector")
+    assert gauge.axis is not None
+    return gauge.moved(1 - gauge.axis)
+
+
 def squeeze(shapes: Shapes, node: fx.Node, source: fx.Node, gauge: Gauge, back: bool) -> Gauge:
     """Axes of one entry go; without `dim`, those that the example inputs showed."""
     shape = shapes.shape(source)
@@ -327,6 +335,7 @@ def unshuffle_module(layer: nn.PixelUnshuffle) -> Mapper:
 VIEWS: Mapping[Any, Mapper] = {
     **dict.fromkeys(("permute", torch.permute), permute),
     **dict.fromkeys(("transpose", "swapaxes", torch.transpose, torch.swapaxes), transpose),
+    **dict.fromkeys(("t", torch.t), turn),
     **dict.fromkeys(("squeeze", torch.squeeze), squeeze),
     **dict.fromkeys(("unsqueeze", torch.unsqueeze), unsqueeze),
     **dict.fromkeys(("flatten", torch.flatten), flatten),
