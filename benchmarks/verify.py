@@ -9,7 +9,7 @@ weight has the wrong sign, and may take three times as long as `verify`.
 Times are of the processor, not of the clock: the process keeps to one core and torch to one
 thread, so that neither waiting nor other work on the machine counts.
 
-    python -m benchmarks.verify [NAME ...] [--size 96] [--repeat 3] [--output docs/verify_cost.json]
+    python -m benchmarks.verify [NAME ...] [--size 224] [--repeat 3] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=MODELS)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()

@@ -250,13 +250,14 @@ def of_export(
     path: Path,
     inputs: Sequence[Tensor],
     verdict: Verdict | None,
+    place: Location | None,
 ) -> Story:
     """Return what slim did before an export, and what became of it in the file."""
     story = of_result(loaded.name, "export", loaded.module, result, ("network", "slim network"))
     survival = page.survival_along(ds.trace(loaded.module))
     story = dataclasses.replace(story, survival=survival, verdict=verdict)
     if verdict is not None:
-        story = _along_the_depth(story, loaded.module, path, None, None)
+        story = _along_the_depth(story, loaded.module, path, None, place)
     return with_file(story, loaded.module, path, inputs)
 
 

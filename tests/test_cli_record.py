@@ -26,7 +26,7 @@ def test_a_file_alone_is_checked_against_its_record(run: Cli) -> None:
     exported(run)
     done = run("verify", "net.onnx")
     assert done.code == 0
-    assert "the record says:\n  net.onnx against Net on CPU" in done.out
+    assert "the record says:\n  net.onnx against Net by way of the surgered Net on CPU" in done.out
     assert done.out.endswith("INTACT, recorded as EQUIVALENT\n")
     document = run("verify", "net.onnx", "--json").document
     assert (document["intact"], document["equivalent"]) == (True, True)
