@@ -376,14 +376,13 @@ def verify(
     key = read_key(key_file)
     cli_report.checked(report)
     if file is None:
-        return cli_report.of_record(model, key, report, as_json)
+        other = {"weights": weights, "model_arg": model_arg, "surgery": surgery, "record": record}
+        other |= {"input_file": input_file, "stochastic": stochastic, "figures": figures}
+        return cli_report.of_record(model, key, report, as_json, repro=repro, **other)
+    cli_report.checked_case(repro, model, stochastic)
     with working(f"verifying {file}") as tell:
         loaded = reference_of(model, weights, model_arg, surgery)
-        options: dict[str, Any] = {
-            "provider": provider,
-            "seeds": range(seeds),
-            "progress": tell,
-        }
+        options: dict[str, Any] = {"provider": provider, "seeds": range(seeds), "progress": tell}
         reference = cli_report.compared(loaded)
         verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
         place = None
@@ -400,8 +399,8 @@ def verify(
     echo(verdict.table(width(), figures=figures))
     if place is not None:
         echo(f"\n{place.table(width())}")
-        if repro is not None:
-            echo(f"\nIn {repro}: run.py shows the mismatch of this piece alone")
+    if case := cli_report.case_text(repro, verdict):
+        echo(case)
     if record:
         echo(f"recorded in {file}")
     tell_report(report)

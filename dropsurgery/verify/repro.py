@@ -88,7 +88,7 @@ def write_repro(
             "a case is written of a file, and the candidate is a module",
             fix="ds.locate tells the place; or export the module first",
         )
-    target = _checked(folder)
+    target = check_folder(folder)
     location, pieces = search(
         reference,
         candidate,
@@ -120,7 +120,8 @@ def write_repro(
     return location
 
 
-def _checked(folder: Any) -> Path:
+def check_folder(folder: Any) -> Path:
+    """Return the folder of a case; raise where it cannot be written."""
     if not isinstance(folder, str | os.PathLike):
         raise ArgumentTypeError(f"folder is a {type(folder).__name__}", fix="a str or a Path")
     target = Path(folder)
