@@ -61,27 +61,34 @@ def calibration(document: Document) -> str:
 
 
 def cost(document: Document) -> str:
-    """Return what a call of `verify` costs, in runs."""
-    allowed = document["allowed_plain_runs"]
+    """Return what calls of `verify` and `locate` cost, in runs."""
     rows = [
         (
             row["model"],
             f"{row['size']} px",
             row["inputs"],
-            f"{row['seconds']['plain']:.2f} s",
-            f"{row['seconds']['float64']:.2f} s",
-            f"{row['seconds']['verify']:.2f} s",
+            *(f"{row['seconds'][key]:.2f} s" for key in ("plain", "float64", "verify")),
             f"{row['plain_runs']:.1f}",
             f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})",
+        )
+        for row in document["models"]
+    ]
+    found = [
+        (
+            row["model"],
+            *(f"{row['seconds'][key]:.2f} s" for key in ("verify", "locate")),
+            f"{row['locating']:.2f} ({row['locating_range'][0]:.2f} to "
+            f"{row['locating_range'][1]:.2f})",
         )
         for row in document["models"]
     ]
     versions = document["versions"]
     return "\n".join(
         [
-            f"Allowed are {allowed} plain onnxruntime runs and one float64 run for each input. "
-            "Times are sums over all inputs that `verify` runs by default, the set-up of its "
-            "session among them; the last column is the share of the allowance.",
+            f"Allowed are {document['allowed_plain_runs']} plain onnxruntime runs and one float64 "
+            "run for each input. Times are of the processor, of one thread, and sums over all "
+            "inputs that `verify` runs by default, the set-up of its session among them; the last "
+            "column is the share of the allowance.",
             "",
             table(
                 ("model", "images", "inputs", "plain runs", "float64 runs", "verify",
@@ -89,8 +96,14 @@ def cost(document: Document) -> str:
                 rows,
             ),
             "",
+            "`locate` on a file in which one weight half-way down has the wrong sign; allowed are "
+            f"{document['allowed_locating']} times the time of `verify`:",
+            "",
+            table(("model", "verify", "locate", "locate / verify"), found),
+            "",
             f"torch {versions['torch']}, Python {versions['python']}, {versions['threads']} "
-            f"threads, medians of {document['repeat']} rounds.",
+            f"{'thread' if versions['threads'] == 1 else 'threads'}, medians of "
+            f"{document['repeat']} rounds.",
         ]
     )  # fmt: skip
 

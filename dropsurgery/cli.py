@@ -262,9 +262,10 @@ def export(
 ) -> int:
     """Export a network to ONNX, slim, and verify the file against the network.
 
-    The verdict is written into the file: see verify.
+    Surgery and export are held to budgets of their own, and the verdict is written into the file:
+    see verify.
 
-    Exit code 1: the file was written and is not equivalent.
+    Exit code 1: the file was written and is not equivalent; the first module that differs is told.
 
     Example: dropsurgery export net.py:make --weights net.pt --input 1x16x16 -o net.onnx
     """
@@ -273,30 +274,40 @@ def export(
     with working(f"exporting {model}"):
         loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        network = ds.slim(loaded.module) if slim else loaded.module
+        done = ds.apply(loaded.module, *SLIM) if slim else None
+        network = loaded.module if done is None else done.module
         ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
         counts = onnx_census(output)
-    verdict = None
+    surgered = None if done is None or not done.changes else done.module
+    verdict = place = None
     if verify:
         try:
             with working(f"verifying {output}") as tell:
-                verdict = ds.verify(loaded.module, output, progress=tell)
+                verdict = ds.verify(loaded.module, output, surgered=surgered, progress=tell)
                 ds.record(output, loaded.module, verdict, key=key)
+                if not verdict.ok:
+                    place = cli_report.place_of(
+                        loaded.module, output, None, surgered=surgered, progress=tell
+                    )
         except KeyboardInterrupt:
             raise _Interrupted(f"{output} was written and not verified") from None
     size = output.stat().st_size
     if report is not None:
         with working(f"measuring {output}"):
-            done = ds.apply(loaded.module, *(SLIM if slim else ()))
-            story = cli_report.of_export(loaded, done, output, inputs, verdict)
+            done = ds.apply(loaded.module) if done is None else done
+            story = cli_report.of_export(loaded, done, output, inputs, verdict, place)
             cli_report.save(report, story)
     if as_json:
         told = verdict.to_json() if verdict is not None else None
+        where = place.to_json() if place is not None else None
         document = {"model": model, "file": str(output), "bytes": size, "verdict": told}
+        document["place"] = where
         return print_json({**document, **vars(counts)}, verdict_code(verdict))
     echo(f"{output}: {size / 1e6:.1f} MB, {counts}")
     if verdict is not None:
         echo(f"\n{verdict.table(width())}")
+    if place is not None:
+        echo(f"\n{place.table(width())}")
     tell_report(report)
     return verdict_code(verdict)
 
@@ -365,14 +376,13 @@ def verify(
     key = read_key(key_file)
     cli_report.checked(report)
     if file is None:
-        return cli_report.of_record(model, key, report, as_json)
+        other = {"weights": weights, "model_arg": model_arg, "surgery": surgery, "record": record}
+        other |= {"input_file": input_file, "stochastic": stochastic, "figures": figures}
+        return cli_report.of_record(model, key, report, as_json, repro=repro, **other)
+    cli_report.checked_case(repro, model, stochastic)
     with working(f"verifying {file}") as tell:
         loaded = reference_of(model, weights, model_arg, surgery)
-        options: dict[str, Any] = {
-            "provider": provider,
-            "seeds": range(seeds),
-            "progress": tell,
-        }
+        options: dict[str, Any] = {"provider": provider, "seeds": range(seeds), "progress": tell}
         reference = cli_report.compared(loaded)
         verdict = ds.verify(reference, file, input_file, stochastic=stochastic, **options)
         place = None
@@ -389,8 +399,8 @@ def verify(
     echo(verdict.table(width(), figures=figures))
     if place is not None:
         echo(f"\n{place.table(width())}")
-        if repro is not None:
-            echo(f"\nIn {repro}: run.py shows the mismatch of this piece alone")
+    if case := cli_report.case_text(repro, verdict):
+        echo(case)
     if record:
         echo(f"recorded in {file}")
     tell_report(report)

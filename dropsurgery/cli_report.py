@@ -29,7 +29,7 @@ from dropsurgery.cli_options import (
 )
 from dropsurgery.cli_output import DIFFERENT, DONE, echo, print_json, tell_report, width, working
 from dropsurgery.compute import Compute
-from dropsurgery.errors import ArgumentError, OnnxFileError, VerifyError
+from dropsurgery.errors import ArgumentError, OnnxFileError, TraceError, VerifyError
 from dropsurgery.models import LoadedModel
 from dropsurgery.onnx_reader import read_onnx
 from dropsurgery.page import GraphCount, Story
@@ -47,6 +47,7 @@ from dropsurgery.verify import Verdict
 from dropsurgery.verify.given import given_cases
 from dropsurgery.verify.location import Location
 from dropsurgery.verify.onnx_reference import OnnxModule
+from dropsurgery.verify.repro import check_folder
 
 BATCH = 32  # what dropping saves is counted for, where no batch size was given
 
@@ -54,6 +55,19 @@ BATCH = 32  # what dropping saves is counted for, where no batch size was given
 def checked(path: Path | None) -> Path | None:
     """Fail before the work where the report cannot be written."""
     return None if path is None else page.check_page_target(path)
+
+
+def checked_case(folder: Path | None, model: str, stochastic: bool) -> None:
+    """Fail before the work where the case of a difference cannot be written."""
+    if folder is None:
+        return
+    if stochastic or model.endswith(".onnx"):
+        raise ArgumentError(
+            "--repro is about the values inside a network, and of random networks or of two files "
+            "there are none to compare",
+            fix="leave it out, or compare a file with its network",
+        )
+    check_folder(folder)
 
 
 def report(
@@ -250,13 +264,14 @@ def of_export(
     path: Path,
     inputs: Sequence[Tensor],
     verdict: Verdict | None,
+    place: Location | None,
 ) -> Story:
     """Return what slim did before an export, and what became of it in the file."""
     story = of_result(loaded.name, "export", loaded.module, result, ("network", "slim network"))
     survival = page.survival_along(ds.trace(loaded.module))
     story = dataclasses.replace(story, survival=survival, verdict=verdict)
     if verdict is not None:
-        story = _along_the_depth(story, loaded.module, path, None, None)
+        story = _along_the_depth(story, loaded.module, path, None, place)
     return with_file(story, loaded.module, path, inputs)
 
 
@@ -276,13 +291,16 @@ def of_verify(
     story = Story(loaded.name, "verify", verdict=verdict)
     if isinstance(loaded.module, OnnxModule):
         return with_file(story, loaded.module, path, None)
-    graph = ds.trace(loaded.module)
-    story = dataclasses.replace(
-        story,
-        graphs=(GraphCount("network", page.node_types(graph)),),
-        survival=page.survival_along(graph),
-        sizes=(("weights of the network", weight_bytes(loaded.module)),),
-    )
+    size = ("weights of the network", weight_bytes(loaded.module))
+    story = dataclasses.replace(story, sizes=(size,))
+    try:
+        graph = ds.trace(loaded.module)
+    except TraceError:  # a verdict needs no graph
+        pass
+    else:
+        types = GraphCount("network", page.node_types(graph))
+        survival = page.survival_along(graph)
+        story = dataclasses.replace(story, graphs=(types,), survival=survival)
     story = _along_the_depth(story, loaded.module, path, input_file, place)
     inputs = known_inputs(loaded, None)
     if input_file is not None:
@@ -299,15 +317,30 @@ def place_of(
         model: the reference.
         path: the file.
         inputs: a file or folder of the caller's inputs.
-        repro: a folder for a case of the place that runs by itself.
+        repro: a folder for a case of the place that runs by itself; a note says where none could
+            be written.
         options: of `ds.locate`.
     """
-    try:
-        if repro is not None:
+    notes: tuple[str, ...] = ()
+    if repro is not None:
+        try:
             return ds.write_repro(model, path, repro, inputs, **options)
-        return ds.locate(model, path, inputs, **options)
+        except VerifyError as error:
+            notes = (f"no case was written: {error.problem}",)
+    try:
+        place = ds.locate(model, path, inputs, **options)
     except VerifyError:
         return None
+    return dataclasses.replace(place, notes=(*place.notes, *notes))
+
+
+def case_text(repro: Path | None, verdict: Verdict) -> str:
+    """Return what became of a case that was asked for, in words; "" where none was."""
+    if repro is None or (not verdict.ok and not (repro / "run.py").is_file()):
+        return ""
+    if verdict.ok:
+        return f"\n{repro} was not written: nothing differs"
+    return f"\nIn {repro}: run.py shows the mismatch of this piece alone"
 
 
 def _along_the_depth(
@@ -321,11 +354,26 @@ def _along_the_depth(
     return dataclasses.replace(story, errors=errors, place=place.conclusion)
 
 
-def of_record(path: str, key: bytes | None, report: Path | None, as_json: bool) -> int:
-    """Check a file against its own record, and tell it; return the exit code."""
+def of_record(
+    path: str, key: bytes | None, report: Path | None, as_json: bool, **other: Any
+) -> int:
+    """Check a file against its own record, and tell it; return the exit code.
+
+    Args:
+        path: the file.
+        key: what its record should be signed with.
+        report: where to write a page.
+        as_json: print JSON.
+        other: the command's other options, which are about comparisons.
+    """
     if not path.endswith(".onnx"):
         raise ArgumentError(
             f"there is no file to compare {path} with", fix="dropsurgery verify MODEL FILE.onnx"
+        )
+    if told := [f"--{name.replace('_', '-')}" for name, value in other.items() if value]:
+        raise ArgumentError(
+            f"{', '.join(told)}: a file alone is checked against its record, and nothing is run",
+            fix="name the network as well: dropsurgery verify MODEL FILE.onnx",
         )
     check = ds.check_record(path, key=key)
     code = DONE if check.equivalent else DIFFERENT

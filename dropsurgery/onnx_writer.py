@@ -22,6 +22,8 @@ from dropsurgery.onnx_random import op_draws
 # A protobuf message holds at most 2 GiB; the graph itself takes some of it.
 ONE_FILE_LIMIT = 2**31 - 64 * 2**20
 _PREFIX = "dropsurgery."
+# How the network was traced, without which its passes cannot be run again.
+_TRACE = ("leaf_modules", "inputs")
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -220,6 +222,9 @@ def write_metadata(ir_model: Any, model: nn.Module) -> None:
             f"{_PREFIX}onnx": onnx.__version__,
             f"{_PREFIX}source": record.get("source") or f"{cls.__module__}.{cls.__qualname__}",
             f"{_PREFIX}passes": json.dumps(record.get("passes", [])),
+            f"{_PREFIX}trace": json.dumps(
+                {name: record[name] for name in _TRACE if name in record}
+            ),
             f"{_PREFIX}inputs": json.dumps([value.name for value in ir_model.graph.inputs]),
             f"{_PREFIX}outputs": json.dumps([value.name for value in ir_model.graph.outputs]),
         }

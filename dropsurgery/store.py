@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,39 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
 
     source = _path(directory)
     document = _read(source / SURGERY)
-    passes = _passes(document, source / SURGERY)
+    passes = read_passes(document["passes"], str(source / SURGERY))
     try:
         tensors: dict[str, Tensor] = load_file(source / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelLoadError(
             f"the weights cannot be read: {error}", where=str(source / WEIGHTS)
         ) from error
-    module = trace_like(model, document)
+    module = replay(model, document, passes, where=str(source / SURGERY))
+    _fill(module, tensors, document, source)
+    _set_state(module, document, source)
+    return module
+
+
+def replay(
+    model: nn.Module, record: Mapping[str, Any], passes: Sequence[Pass], *, where: str
+) -> fx.GraphModule:
+    """Run recorded passes on another model of the same architecture.
+
+    Args:
+        model: the model, which is not changed; the result shares what no pass rewrites.
+        record: what the history of the traced network tells of its trace; "source", its class, is
+            for messages.
+        passes: as `read_passes` returned them.
+        where: what the passes were read from, for messages.
+
+    Returns:
+        The network after the passes, in eval mode.
+
+    Raises:
+        ModelLoadError: the passes do not fit the model.
+        TraceError: the model cannot be traced.
+    """
+    module = trace_like(model, record)
     # Passes that fold refuse a network in training mode, whatever mode it was put into later.
     module.eval()
     for item in passes:
@@ -118,11 +144,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         except DropsurgeryError as error:
             raise ModelLoadError(
                 f"the saved surgery does not fit this {type(model).__name__}: {error.problem}",
-                where=f"{source / SURGERY}, pass {item!r}",
-                fix=f"load it on a model like the one it was made from: {document['source']}",
+                where=f"{where}, pass {item!r}",
+                fix=f"load it on a model like the one it was made from: {record['source']}",
             ) from error
-    _fill(module, tensors, document, source)
-    _set_state(module, document, source)
     return module
 
 
@@ -225,18 +249,23 @@ _FIELDS = {
 }
 
 
-def _passes(document: dict[str, Any], path: Path) -> list[Pass]:
+def read_passes(entries: Sequence[Any], where: str) -> list[Pass]:
+    """Build passes again from what `Pass.to_json` wrote.
+
+    Raises:
+        ModelLoadError: one is unknown, or its parameters cannot be read.
+    """
     passes = []
-    for entry in document["passes"]:
+    for entry in entries:
         data = dict(entry) if isinstance(entry, dict) else {}
         name = data.pop("pass", None)
         if name not in Pass.registry:
-            raise ModelLoadError(f"unknown pass {name!r}", where=str(path))
+            raise ModelLoadError(f"unknown pass {name!r}", where=where)
         try:
             passes.append(Pass.registry[name].from_json(data))
         except (TypeError, KeyError, DropsurgeryError) as error:
             raise ModelLoadError(
-                f"the parameters of pass {name} cannot be read: {error}", where=str(path)
+                f"the parameters of pass {name} cannot be read: {error}", where=where
             ) from error
     return passes
 

@@ -40,8 +40,8 @@ def assert_equivalent(
 
     Raises:
         AssertionError: it does not. The message holds the table of `verify`, the outputs that
-            differ, for a file beside a module the first place at which they part (`locate`), and
-            what to do about it.
+            differ, where the reference is a module the first place at which the two part
+            (`locate`), and what to do about it.
         VerifyError: the comparison could not be carried out; this is no failed comparison.
     """
     __tracebackhide__ = True  # pytest shows the caller's line
@@ -60,14 +60,15 @@ def assert_equivalent(
     if not verdict.ok:
         place = ""
         if not stochastic:
-            options = {"provider": provider, "seeds": seeds, "batch_sizes": batch_sizes}
+            options: dict[str, Any] = {"provider": provider, "surgered": surgered}
+            options |= {"seeds": seeds, "batch_sizes": batch_sizes}
             place = _place(reference, candidate, inputs, options)
         raise AssertionError("\n".join(filter(None, (str(verdict), place, _advice(verdict)))))
 
 
 def _place(reference: Any, candidate: Any, inputs: Any, options: dict[str, Any]) -> str:
-    """Return where a file and a network part, in words; "" where that cannot be told."""
-    if not isinstance(reference, nn.Module) or isinstance(candidate, nn.Module):
+    """Return where a candidate and a network part, in words; "" where that cannot be told."""
+    if not isinstance(reference, nn.Module):
         return ""
     try:
         return str(locate(reference, candidate, inputs, **options))

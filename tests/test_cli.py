@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import torch
 import dropsurgery as ds
 from dropsurgery import cli, inspection
 from dropsurgery.models import load_model
+from dropsurgery.passes.base import Pass, Result
 
 NETWORK = '''
 import os, time, torch
@@ -431,20 +434,46 @@ def test_export_options(run: Cli) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
 
 
-def test_export_says_when_the_file_is_not_the_network(
-    run: Cli, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["surgery", "export"])
+def test_export_says_when_the_file_is_not_the_network_and_where(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    real = ds.slim
+    real, export = ds.apply, ds.export_onnx
 
-    def wrong(model: torch.nn.Module) -> torch.nn.Module:
-        net = real(model)
+    def bent(net: torch.nn.Module) -> torch.nn.Module:
+        net = copy.deepcopy(net)
         net.head.bias = torch.nn.Parameter(net.head.bias + 1e-3)
         return net
 
-    monkeypatch.setattr(ds, "slim", wrong)
-    done = run("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8", "--json")
+    def wrong_surgery(model: torch.nn.Module, *passes: Pass) -> Result:
+        result = real(model, *passes)
+        return dataclasses.replace(result, module=bent(result.module))
+
+    def wrong_export(net: torch.nn.Module, *args: Any, **options: Any) -> Path:
+        return export(bent(net), *args, **options)
+
+    if broken == "surgery":
+        monkeypatch.setattr(ds, "apply", wrong_surgery)
+    else:
+        monkeypatch.setattr(ds, "export_onnx", wrong_export)
+    words = ("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8")
+    done = run(*words, "--json")
     assert done.code == 1
-    assert done.document["verdict"]["ok"] is False
+    verdict, place = done.document["verdict"], done.document["place"]
+    assert verdict["ok"] is False
+    output = verdict["outputs"][0]
+    algebra = output["algebra"]
+    assert (algebra["error"] > algebra["limit"]) == (broken == "surgery")
+    assert place["module"] == "head"
+    done = run(*words)
+    assert done.code == 1
+    assert "first differs at head (" in done.out
+
+
+def test_export_has_two_budgets_where_there_was_surgery(run: Cli) -> None:
+    words = ("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8")
+    assert "algebra of output" in run(*words).out
+    assert "algebra of output" not in run(*words, "--no-slim").out
 
 
 def test_export_of_several_inputs(run: Cli) -> None:

@@ -194,10 +194,14 @@ def test_the_place_is_the_module_that_was_changed(
 
 
 @pytest.mark.parametrize(
-    ("form", "module"), [("plain", "blocks.1.bn1"), ("slim", "blocks.1.conv1")]
+    ("form", "module", "twin"),
+    [
+        ("plain", "blocks.1.bn1", "blocks.1.bn1: native_batch_norm"),
+        ("slim", "blocks.1.conv1", "blocks.1.conv1: convolution"),
+    ],
 )
 def test_a_folded_convolution_is_compared_behind_its_norm(
-    net: nn.Module, files: dict[str, Path], form: str, module: str
+    net: nn.Module, files: dict[str, Path], form: str, module: str, twin: str
 ) -> None:
     location = ds.locate(net, edited(files[form], convolution_weight))
     assert location.module == module
@@ -205,7 +209,7 @@ def test_a_folded_convolution_is_compared_behind_its_norm(
     assert step is not None
     # One element of 72: far from rounding, and far from the whole difference of a norm.
     assert 1e-5 < step.local < 0.5
-    assert step.torch == "blocks.1.bn1: native_batch_norm"
+    assert step.torch == twin
     before = location.steps[: location.steps.index(step)]
     behind = location.steps[location.steps.index(step) + 1 :]
     assert before
@@ -415,8 +419,12 @@ def test_plain_data_and_text(net: nn.Module, files: dict[str, Path]) -> None:
 
 
 def test_bad_arguments(net: nn.Module, files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ArgumentTypeError, match="the candidate is the path of an ONNX file"):
-        ds.locate(net, net)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match=r"the candidate is a path or a torch.nn.Module"):
+        ds.locate(net, 3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match="surgered is a Net beside a Net"):
+        ds.locate(net, net, surgered=net)
+    with pytest.raises(ArgumentTypeError, match="a case is written of a file"):
+        ds.write_repro(net, net, tmp_path / "case")  # type: ignore[arg-type]
     with pytest.raises(VerifyError, match="there is no such file"):
         ds.locate(net, tmp_path / "none.onnx")
     with pytest.raises(VerifyError, match="the reference does not accept the inputs"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -242,6 +243,49 @@ def test_float64_agrees_with_a_copy_of_the_model(model: nn.Module) -> None:
             found = model(x)
     expected, found = (o[0] if isinstance(o, tuple) else o for o in (expected, found))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("same", ["query, key, value", "key, value", "none"])
+def test_attention_in_float64_is_given_what_lies_in_order(
+    batch_first: bool, same: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+    x, y, z = (torch.randn(3, 5, 8) for _ in range(3))
+    calls = {"query, key, value": (x, x, x), "key, value": (x, y, y), "none": (x, y, z)}[same]
+    seen: list[tuple[Tensor, ...]] = []
+    project = nn.functional._in_projection_packed
+
+    def watched(*args: Any) -> Any:
+        seen.append(args[:3])
+        return project(*args)
+
+    monkeypatch.setattr(nn.functional, "_in_projection_packed", watched)
+    wide = {id(t): t.double() for t in calls}
+    with torch.no_grad(), Float64():
+        found = layer(*(wide[id(t)] for t in calls))[0]
+    given = seen[0]
+    assert all(t.is_contiguous() for t in given)
+    assert [given[0] is given[1], given[1] is given[2]] == [
+        calls[0] is calls[1],
+        calls[1] is calls[2],
+    ]
+    with torch.no_grad():
+        expected = twin(layer)(*(wide[id(t)] for t in calls))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_what_containers_hold_is_widened() -> None:
+    x, y = torch.randn(3), torch.randn(3)
+    with Float64():
+        joined = torch.cat([x, y])
+        made = torch.zeros(3, dtype=torch.float16)
+        largest = torch.stack((x, y)).max(0)
+        filtered = nn.functional.conv1d(x[None, None], y[None, None], padding="same")
+        assert x.shape == (3,)
+    assert {t.dtype for t in (joined, made, largest.values, filtered)} == {torch.float64}
+    assert largest.indices.dtype == torch.int64
 
 
 # Providers

@@ -76,12 +76,31 @@ def test_a_folder_of_arrays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no array")
     assert labels(tmp_path)[:2] == ("yours a.npz", "yours b.npy")
     assert labels(str(tmp_path / "b.npy"))[0] == "yours"
-    # By name where the names are forward's, by position otherwise.
-    by_name = read_arrays(tmp_path / "a.npz", ("x", "factor"))
-    assert isinstance(by_name, dict)
-    by_position = read_arrays(tmp_path / "a.npz", ("x",))
-    assert isinstance(by_position, tuple)
-    assert float(by_position[0][0, 0]) == 3
+
+
+def test_arrays_are_told_by_name(tmp_path: Path) -> None:
+    one, two = numpy.ones((2, 3), "float32"), numpy.full((2, 3), 3, "float32")
+    path = tmp_path / "a.npz"
+    numpy.savez(path, factor=two, x=one)
+    assert isinstance(read_arrays(path, ("x", "factor")), dict)
+    # Nobody knows which is which.
+    for names in (("x",), ("x", "scale"), ("a", "b")):
+        with pytest.raises(ArgumentError, match="arrays are named factor, x, and forward takes"):
+            read_arrays(path, names)
+    numpy.savez(path, one, x=two)
+    with pytest.raises(ArgumentError, match="arrays are named x, arr_0, and"):
+        read_arrays(path, ("x", "factor"))
+    # In numpy's own numbering, and where there is but one.
+    numpy.savez(path, one, two)
+    found = read_arrays(path, ("x", "factor"))
+    assert isinstance(found, tuple)
+    assert [float(array[0, 0]) for array in found] == [1, 3]
+    numpy.savez(path, pixels=two)
+    assert isinstance(read_arrays(path, ("x", "factor")), tuple)
+    (tmp_path / "folder").mkdir()
+    numpy.savez(tmp_path / "folder" / "b.npz", wrong=one, x=two)
+    with pytest.raises(ArgumentError, match="arrays are named wrong, x, and forward takes x, f"):
+        ds.verify(Scale(), Scale(), tmp_path / "folder")
 
 
 def test_folders_and_files_that_hold_no_arrays(tmp_path: Path) -> None:

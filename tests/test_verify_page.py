@@ -64,3 +64,23 @@ def test_false_alarms_and_limits_are_told(tmp_path: Path) -> None:
     assert "rmse 200 %" in text
     assert "### Not equal\n\n| model |  | why |\n| --- | --- | --- |\n| b | differs | rmse" in text
     assert "| c | not exported | no operator |" in text
+
+
+def test_the_costs_are_told_in_runs(tmp_path: Path) -> None:
+    seconds = {"verify": 2.0, "setup": 0.2, "plain": 0.3, "float64": 0.9, "locate": 3.0}
+    row = {"model": "resnet50", "size": 96, "inputs": 7, "seconds": seconds, "ratio": 0.74}
+    row |= {"range": [0.7, 0.8], "plain_runs": 3.7, "locating": 1.5, "locating_range": [1.2, 1.8]}
+    document = {
+        "versions": {"torch": "2.13", "python": "3.11", "threads": 1},
+        "repeat": 3,
+        "allowed_plain_runs": 6,
+        "allowed_locating": 3,
+        "models": [row],
+    }
+    (tmp_path / "verify_cost.json").write_text(json.dumps(document))
+    text = page(tmp_path)
+    told = "| resnet50 | 96 px | 7 | 0.30 s | 0.90 s | 2.00 s | 3.7 | 0.74 (0.70 to 0.80) |"
+    assert told in text
+    assert "allowed are 3 times the time of `verify`" in text
+    assert "| resnet50 | 2.00 s | 3.00 s | 1.50 (1.20 to 1.80) |" in text
+    assert "1 thread, medians of 3 rounds" in text

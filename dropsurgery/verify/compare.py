@@ -88,7 +88,7 @@ def verify(
     name = None
     if isinstance(reference, str | os.PathLike):
         name, reference = os.fspath(reference), OnnxModule(reference)
-    _check_arguments(reference, candidate, provider, surgered)
+    check_comparison(reference, candidate, provider, surgered)
     seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
     if gate is not None and not isinstance(gate, Gate):
         raise ArgumentTypeError(
@@ -121,14 +121,15 @@ def comparison_cases(
     batch_sizes: Sequence[int],
 ) -> Iterator[Case]:
     """Return the calls that `verify` compares; the arguments and errors are those of `verify`."""
-    _check_arguments(reference, candidate, provider, None)
+    check_comparison(reference, candidate, provider, None)
     seeds, batch_sizes = _whole("seeds", seeds, 0), _whole("batch_sizes", batch_sizes, 1)
     runner = ModuleRunner(reference, "reference")
     plan = Plan(reference, runner, Candidate(candidate, provider))
     return plan.cases(inputs, seeds, batch_sizes)
 
 
-def _check_arguments(reference: Any, candidate: Any, provider: Any, surgered: Any) -> None:
+def check_comparison(reference: Any, candidate: Any, provider: Any, surgered: Any) -> None:
+    """Raise where these cannot be the arguments of a comparison; see `verify`."""
     if not isinstance(reference, nn.Module):
         raise ArgumentTypeError(
             f"the reference is a torch.nn.Module or a path, got {type(reference).__name__}",

@@ -45,7 +45,7 @@ class Comparison:
         self.rounded = None if after is None else rounded_anew(reference, after)
         self.name = type(reference).__name__
         if surgered is not None:
-            self.name += f" by way of {type(surgered).__name__}"
+            self.name += f" by way of the surgered {type(surgered).__name__}"
         self.records: dict[str, Record] = {}
         self.samples: dict[str, list[Samples]] = {}
         self.problems: list[str] = self.other.problems()

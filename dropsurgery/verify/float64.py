@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -25,6 +26,7 @@ _CASTS: dict[Any, Any] = {
     torch.Tensor.half: torch.Tensor.double,
     torch.Tensor.bfloat16: torch.Tensor.double,
 }
+_ATOMS = frozenset({bool, int, float, str, type(None), slice, torch.Size, torch.device})
 # They answer from the header of a tensor, which need not be widened for it.
 _HEADERS = {
     torch.Tensor.size,
@@ -61,7 +63,32 @@ class Float64(TorchFunctionMode):
         if func in _HEADERS:
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
-            return pytree.tree_map(widen, func(*args, **kwargs))
+            return _widen_all(func(*args, **kwargs))
         func = _CASTS.get(func, func)
-        args, kwargs = pytree.tree_map(widen, (args, kwargs))
-        return pytree.tree_map(widen, func(*args, **kwargs))
+        args = tuple(map(_widen_all, args))
+        kwargs = {name: _widen_all(value) for name, value in kwargs.items()}
+        if func is F.multi_head_attention_forward:
+            args = _laid_out(args)
+        return _widen_all(func(*args, **kwargs))
+
+
+def _widen_all(value: Any) -> Any:
+    """Widen what a container holds; most arguments are none, and `tree_map` is slow to say so."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind in (tuple, list):
+        return kind(map(_widen_all, value))
+    if isinstance(value, torch.Tensor):
+        return widen(value)
+    return pytree.tree_map(widen, value)
+
+
+def _laid_out(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of an attention with query, key and value laid out as their shapes say.
+
+    Sequences that come with the batch first are transposed before; their projections then run once
+    for each position, in several times the time. What was one tensor stays one: the attention asks.
+    """
+    dense = {id(leaf): leaf.contiguous() for leaf in args[:3] if isinstance(leaf, torch.Tensor)}
+    return (*(dense.get(id(leaf), leaf) for leaf in args[:3]), *args[3:])

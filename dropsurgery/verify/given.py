@@ -26,7 +26,7 @@ def given_cases(inputs: Any, names: Collection[str] = ()) -> Iterator[Case]:
             or other iterable of such calls, where a list stands for a tuple, as data loaders
             return it; or the path of an .npy or .npz file, or of a folder of such files, each of
             which is one call.
-        names: of forward's arguments. An .npz whose arrays all bear such names is a mapping.
+        names: of forward's arguments, which an .npz of several arrays has to name them by.
 
     Raises:
         ArgumentTypeError: something else was given, or nothing.
@@ -114,10 +114,12 @@ def read_arrays(
 
     Args:
         path: the file.
-        names: where an .npz holds arrays of these names only, they are returned by name.
+        names: of forward's arguments. The arrays of an .npz that bear such names are returned by
+            name; one array, and arrays that numpy named ("arr_0", …), by position.
 
     Raises:
-        ArgumentError: it cannot be read, or holds what is no array of numbers.
+        ArgumentError: it cannot be read, holds what is no array of numbers, or several arrays of
+            other names.
     """
     import numpy
 
@@ -133,6 +135,13 @@ def read_arrays(
         ) from error
     if arrays and names and set(arrays) <= set(names):
         return arrays
+    # Which of several is which is not to be guessed: files keep them in the order of writing.
+    if names and len(arrays) > 1 and set(arrays) != {f"arr_{i}" for i in range(len(arrays))}:
+        raise ArgumentError(
+            f"the arrays are named {', '.join(arrays)}, and forward takes {', '.join(names)}",
+            where=os.fspath(path),
+            fix="name them as forward does, in numpy.savez(path, name=array), or give no names",
+        )
     return tuple(arrays.values())
 
 

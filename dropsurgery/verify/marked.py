@@ -70,6 +70,7 @@ class MarkedGraph:
         model: the file's content, with its weights.
         nodes: the nodes that depend on the graph's inputs, in order of execution.
         inputs, outputs: names of the graph's inputs and outputs.
+        metadata: the file's `metadata_props`.
 
     Raises:
         OnnxFileError: there is no such file, or it does not pass the checks of `read_onnx`.
@@ -82,6 +83,7 @@ class MarkedGraph:
         self.path = path
         self.provider = provider
         self.model = file.model
+        self.metadata = file.metadata
         if file.sidecars:
             load_external_data_for_model(self.model, str(file.real.parent))
         graph = self.model.graph

@@ -14,6 +14,7 @@ from dropsurgery.verify.location import Location, Step
 from dropsurgery.verify.marked import MarkedGraph, Node, RunError
 from dropsurgery.verify.onnx_file import feeds_for
 from dropsurgery.verify.pairing import Pairing, expected_pairs
+from dropsurgery.verify.recorded import RecordedGraph
 from dropsurgery.verify.recording import Recording, Ref, Replay
 
 _FAR = 100.0  # times the limit: no rounding, and no small defect
@@ -23,6 +24,12 @@ _VIEWS = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", 
 _VIEWS |= {"Transpose", "Unsqueeze"}
 _MOVES = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "clone", "squeeze"}
 _MOVES |= {"unsqueeze"}
+
+# Of the others, what may have become part of another layer's weights.
+_FOLDED = {"convolution", "addmm", "mm", "bmm", "native_batch_norm", "_to_copy"}
+_SCALES = {"mul", "add", "sub", "div"}
+
+Graph = MarkedGraph | RecordedGraph
 
 
 @dataclass
@@ -55,9 +62,7 @@ class Pieces:
         failure: what onnxruntime said where the graph does not run, and the node it blames.
     """
 
-    def __init__(
-        self, recording: Recording, graph: MarkedGraph, case: Case, known: KnownPairs
-    ) -> None:
+    def __init__(self, recording: Recording, graph: Graph, case: Case, known: KnownPairs) -> None:
         self.recording = recording
         self.graph = graph
         self.case = case
@@ -205,7 +210,8 @@ class Pieces:
         # already, or have none in torch.
         node = [node for node in computing if node.path == computing[0].path][-1]
         if node.path is not None:
-            return node, node.path
+            left_out = self._left_out(nodes, replay)
+            return node, node.path if left_out is None else left_out
         if len(computing) == 1:
             return node, self.recording.events[ref.event].path
         # Nothing behind the defect has a partner: the piece goes on to the end of the network, and
@@ -213,9 +219,19 @@ class Pieces:
         first = min(replay.events, default=ref.event, key=lambda event: (self._moves(event), event))
         return nodes[0], self.recording.events[first].path
 
+    def _left_out(self, nodes: list[Node], replay: Replay) -> str | None:
+        """Return the module of an operation that a piece should have and has no node of."""
+        there = {node.path for node in nodes}
+        for index in sorted(replay.events):
+            event = self.recording.events[index]
+            folded = event.name in _FOLDED or (event.name in _SCALES and len(event.inputs) < 2)
+            if not folded and not self._moves(index) and event.path not in there:
+                return event.path
+        return None
+
     def _computes(self, node: Node) -> bool:
         value = self.values.get(node.outputs[0]) if node.outputs else None
-        return node.op not in _VIEWS and (value is None or value.is_floating_point())
+        return node.op not in _VIEWS | _MOVES and (value is None or value.is_floating_point())
 
     def _moves(self, event: int) -> bool:
         """Say whether an operation of the reference only moves data."""
@@ -235,7 +251,7 @@ class Pieces:
         if self.failure is not None:
             notes.append(f"the graph does not run: {self.failure}")
         if not self.graph.named:
-            notes.append("the file does not tell the modules of its nodes: paired by value")
+            notes.append("the candidate does not tell the modules of its nodes: paired by value")
         return Location(
             found=first is not None,
             module=first.module if first else "",

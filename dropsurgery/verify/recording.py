@@ -113,6 +113,18 @@ class Recording:
                 return ref
             ref = before
 
+    def in_float64(self) -> Recording:
+        """Return the same run with the float64 tensors as the network's own."""
+
+        def wide(leaf: Any) -> Any:
+            return leaf if isinstance(leaf, Ref) else widen(leaf)
+
+        events = []
+        for event in self.events:
+            args, kwargs = pytree.tree_map(wide, (event.args, event.kwargs), is_leaf=_is_ref)
+            events.append(Event(event.func, args, kwargs, event.path, event.wide, event.wide))
+        return Recording(events, self.calls, self.inputs, self.outputs)
+
     def users(self) -> dict[Ref, list[int]]:
         """Map each tensor to the events that read it."""
         found: dict[Ref, list[int]] = {}
@@ -150,7 +162,7 @@ class Recording:
                 stack += missing
             else:
                 replay.events.add(ref.event)
-                results = _compute(event, values, change)
+                results = computed(event, values, change)
                 values.update({Ref(ref.event, i): value for i, value in enumerate(results)})
         return replay
 
@@ -176,7 +188,17 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _compute(event: Event, values: Mapping[Ref, Any], change: Callable[[Any], Any]) -> list[Any]:
+def computed(
+    event: Event, values: Mapping[Ref, Any], change: Callable[[Any], Any] = _same
+) -> list[Any]:
+    """Return the tensors that an operation makes of others.
+
+    Args:
+        event: the operation.
+        values: what it reads.
+        change: what is done to its constants.
+    """
+
     def resolve(leaf: Any) -> Any:
         return values[leaf] if isinstance(leaf, Ref) else change(leaf)
 

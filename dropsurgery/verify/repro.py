@@ -18,6 +18,7 @@ from dropsurgery.errors import ArgumentError, ArgumentTypeError, VerifyError
 from dropsurgery.verify.comparison import Progress
 from dropsurgery.verify.locate import search
 from dropsurgery.verify.location import Location, Step
+from dropsurgery.verify.marked import MarkedGraph
 from dropsurgery.verify.pieces import Pieces
 from dropsurgery.verify.recording import Recording, Ref, Replay
 
@@ -55,6 +56,7 @@ def write_repro(
     folder: str | os.PathLike[str],
     inputs: Any = None,
     *,
+    surgered: nn.Module | None = None,
     provider: str = "cpu",
     seeds: Sequence[int] = (0, 1, 2),
     batch_sizes: Sequence[int] = (1, 3),
@@ -71,7 +73,7 @@ def write_repro(
         reference: the original network; it is not changed.
         candidate: path of an ONNX file.
         folder: a new or empty one; it is there when it is complete, or not at all.
-        inputs, provider, seeds, batch_sizes, progress: as in `locate`.
+        inputs, surgered, provider, seeds, batch_sizes, progress: as in `locate`.
 
     Returns:
         The place.
@@ -81,19 +83,32 @@ def write_repro(
         VerifyError: there is no place, or none that a piece shows, as where outputs have only
             changed places; otherwise as in `locate`.
     """
-    target = _checked(folder)
+    if isinstance(candidate, nn.Module):
+        raise ArgumentTypeError(
+            "a case is written of a file, and the candidate is a module",
+            fix="ds.locate tells the place; or export the module first",
+        )
+    target = check_folder(folder)
     location, pieces = search(
         reference,
         candidate,
         inputs,
+        surgered=surgered,
         provider=provider,
         seeds=seeds,
         batch_sizes=batch_sizes,
         progress=progress,
     )
     step = location.step
-    if step is None or pieces is None:
+    if step is None:
         raise VerifyError(f"nothing to write: {location.conclusion}", where=os.fspath(candidate))
+    if pieces is None:
+        raise VerifyError(
+            f"no piece of the file shows it: {location.conclusion}",
+            where=os.fspath(candidate),
+            fix="the file is what surgery made of the network: compare the network before and "
+            "after each pass",
+        )
     ref = pieces.partner(step.value)
     if ref is None or location.reason.startswith("the outputs are"):
         raise VerifyError(
@@ -105,7 +120,8 @@ def write_repro(
     return location
 
 
-def _checked(folder: Any) -> Path:
+def check_folder(folder: Any) -> Path:
+    """Return the folder of a case; raise where it cannot be written."""
     if not isinstance(folder, str | os.PathLike):
         raise ArgumentTypeError(f"folder is a {type(folder).__name__}", fix="a str or a Path")
     target = Path(folder)
@@ -174,6 +190,7 @@ def _piece(pieces: Pieces, value: str) -> tuple[Any, dict[str, Tensor]]:
     """Return the nodes that compute a value as a model, and what they are given."""
     import onnx
 
+    assert isinstance(pieces.graph, MarkedGraph)
     whole = pieces.graph.model
     wanted = {name for node in pieces.piece(value) for name in node.outputs}
     given: dict[str, Tensor] = {}

@@ -44,6 +44,7 @@ class ModuleRunner:
         self.dtypes = {parameter.dtype for parameter in model.parameters()}
         self._model = model
         self._native = inference_clone(model)
+        self._wide: nn.Module | None = None
 
     def __call__(self, case: Case) -> dict[str, Tensor]:
         """Return the outputs in the module's own dtype."""
@@ -51,8 +52,10 @@ class ModuleRunner:
 
     def float64(self, case: Case) -> dict[str, Tensor]:
         """Return the outputs of the same network computed in float64 throughout."""
-        # A fresh clone: a forward that keeps a cache must not find one of another dtype.
-        return self._run(inference_clone(self._model), case, Float64(), wide=True)
+        # A clone of its own: a forward that keeps a cache must not find one of another dtype.
+        if self._wide is None:
+            self._wide = inference_clone(self._model)
+        return self._run(self._wide, case, Float64(), wide=True)
 
     def drawn(self, case: Case, seed: int) -> dict[str, Tensor]:
         """Return the outputs of one random run, with torch's generators seeded for it."""
