@@ -99,8 +99,8 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
 
     A multiplication and an addition are two operations, counted by torch's own counter (matrix
     products, convolutions and attention). "row" saves nothing: it masks. "subset" runs a branch of
-    survival p for ceil(B·p) of B samples, "batch" for all of them with probability p. The backward
-    of these operations costs twice the forward and is saved in the same share.
+    survival p for B·p of B samples (one at least), "batch" for all of them with probability p. The
+    backward of these operations costs twice the forward and is saved in the same share.
 
     Args:
         module: a module that dropsurgery returned (or any other: nothing is dropped then). It is
@@ -165,12 +165,12 @@ def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
     keep = 1.0 - layer.drop_prob
     if layer.mode == "batch":
         return keep, ""
-    count = layer.count(batch)
-    if count == batch and layer.drop_prob > 0.0:
+    run = layer.run(batch)
+    if run == batch and layer.drop_prob > 0.0:
         below = layer.below_break_even(batch)
         reason = "below the break-even" if below else f"ceil({batch} · {keep:.4g}) is all of them"
         return 1.0, f"masked: {reason}"
-    return count / batch, ""
+    return run / batch, ""
 
 
 class _Counter(PlainArguments):

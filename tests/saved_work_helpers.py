@@ -13,6 +13,11 @@ from dropsurgery.graph.module import graphs
 from dropsurgery.layers.rows import Rows, along
 
 
+def as_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows be windows of the batch, however small its tensors."""
+    monkeypatch.setattr("dropsurgery.layers.drop_path._SMALL", 0)
+
+
 class Recorder:
     """Keeps what each drop-path layer draws, so that the flat graph can be run with it.
 

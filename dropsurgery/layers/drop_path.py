@@ -23,6 +23,10 @@ BREAK_EVEN = 0.1
 _FULL_BATCH = 64
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
+# So few rows are not made fewer by leaving out one that does not count: BatchNorm needs two.
+_FEWEST = 2
+# So many elements or fewer: a call from Python takes longer than to copy them.
+_SMALL = 1 << 18
 
 
 def check_mode(mode: str) -> Mode:
@@ -54,11 +58,12 @@ class DropPath(nn.Module):
         drop_prob: probability of dropping, in [0, 1]; one minus the survival probability.
         mode: "row" draws once for every sample, "batch" once for all of them. "subset" draws how
             the network's branch is computed: for ceil(B·p) neighbours of B samples from a random
-            one on (around the end), p the survival probability, the last of which counts with the
-            probability that makes every sample survive with p exactly. Draws of different layers
-            are independent; within a layer neighbours in the batch tend to go together, which in
-            a shuffled batch is a random subset. Where that leaves out no sample, and for a
-            `drop_prob` below the break-even, it draws like "row".
+            one on (around the end), p the survival probability, or for one less, with the
+            probability that makes every sample survive with p exactly. (Of one sample or two, and
+            in compiled code, where sizes must stay, the last one is computed and masked instead.)
+            Draws of different layers are independent; within a layer neighbours in the batch tend
+            to go together, which in a shuffled batch is a random subset. Where that never leaves
+            out a sample, and for a `drop_prob` below the break-even, it draws like "row".
         axis: where the batch is.
         break_even: for "subset", the drop probability from which on it saves time, for 64 samples
             or more. Fewer save less and part of the cost stays: (2 + 64/B)/3 times as high for B,
@@ -133,22 +138,33 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
-        compiled = torch.compiler.is_compiling()
-        count = self._count_compiled(batch) if compiled else self.count(batch)
+        scale = 1.0 / keep if keep > 0.0 else 0.0
+        if not torch.compiler.is_compiling():
+            if self.mode != "subset" or self.run(batch) == batch:
+                return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
+            first, count, last = self._window(batch)
+            if x.device.type != "cpu" or x.numel() > _SMALL:
+                return Rows(last=last, scale=scale, window=(first, count))
+            index = torch.arange(first, first + count)
+            return Rows(index.remainder_(batch), last=last, scale=scale)
         # Compiled, a question about the rate or the batch would be a guard, and each site would
         # have code compiled again where its answer changes. A subset of all B rows is right too.
-        masks = self.mode != "subset" or self.peak < self.break_even if compiled else count == batch
-        if masks:
+        if self.mode != "subset" or self.peak < self.break_even:
             return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
-        scale = 1.0 / keep if keep > 0.0 else 0.0
-        if compiled:
-            start, chance = self._numbers_compiled(x.device)
-            index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
-            return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
-        share = batch * keep - (count - 1)
+        count = self._count_compiled(batch)
+        start, chance = self._numbers_compiled(x.device)
+        index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
+        return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
+
+    def _window(self, batch: int) -> tuple[int, int, bool]:
+        """Draw, on the host, the first row, how many there are, and whether the last one counts."""
+        count = self.count(batch)
+        share = batch * (1.0 - self.drop_prob) - (count - 1)
         first = min(int(self._number(0) * batch), batch - 1)
         last = share >= 1.0 - 1e-9 or self._number(1) < share
-        return Rows(last=last, scale=scale, window=(first, count))
+        if not last and count > _FEWEST:  # what does not count need not run
+            count, last = count - 1, True
+        return (first if count < batch else 0), count, last
 
     def below_break_even(self, batch: int) -> bool:
         """Say whether a subset of a batch costs more than it saves, in eager code."""
@@ -157,11 +173,18 @@ class DropPath(nn.Module):
         return self.drop_prob < max(self.break_even, raised)
 
     def count(self, batch: int) -> int:
-        """Return for how many samples of a batch the branch is computed in training."""
+        """Return for how many samples of a batch at most the branch is computed in training."""
         if self.mode != "subset" or self.below_break_even(batch):
             return batch
         # The tolerance is for products such as 10 · 0.7, which floats do not hold.
         return min(max(math.ceil(batch * (1.0 - self.drop_prob) - 1e-9), 1), batch)
+
+    def run(self, batch: int) -> float:
+        """Return for how many it is in expectation, in eager code."""
+        count = self.count(batch)
+        if count <= _FEWEST or self.mode != "subset" or self.below_break_even(batch):
+            return count
+        return batch * (1.0 - self.drop_prob)
 
     def _count_compiled(self, batch: int) -> int:
         """Return the same of the survival probability in parts: integers only."""

@@ -4,8 +4,9 @@ What a branch with `DropPath(mode="subset")` runs between. In eval there are no 
 function is what stood in the network before: the value itself, and the plain add.
 
 The rows are a window of the batch that may go around its end: no more than two slices, so that
-taking them is a view or one copy, and adding them back reads and writes every row once. Compiled
-code gets the same window as an index, whose operations the compiler fuses.
+taking them is a view or one copy, and adding them back reads and writes every row once. The same
+window is an index in compiled code, whose operations the compiler fuses, and where the tensors are
+small: then the calls cost more than the copies, and an index needs a third of them.
 """
 
 from __future__ import annotations
@@ -101,24 +102,24 @@ def add_rows(
         last = bool(rows.last)
         sum_: Tensor = _AddRows.apply(skip, branch, rows.window, last, rows.scale, axis)
         return sum_
-    branch = _weighted(branch, rows, axis)
+    scale = rows.scale
+    if rows.last is not True:
+        branch, scale = _weighted(branch, rows, axis), 1.0
     if rows.window is not None:
-        _add_to(skip, branch, rows.window, 1.0, axis)
+        _add_to(skip, branch, rows.window, scale, axis)
         return skip
     assert rows.index is not None
     if in_place:
-        return skip.index_add_(axis, rows.index, branch)
+        return skip.index_add_(axis, rows.index, branch, alpha=scale)
     dense, moved = _dense(skip, axis)
-    total = dense.index_add(axis, rows.index, branch.movedim(1, -1) if moved else branch)
+    branch = branch.movedim(1, -1) if moved else branch
+    total = dense.index_add(axis, rows.index, branch, alpha=scale)
     return total.movedim(-1, 1) if moved else total
 
 
 def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
     """Return the rows of a branch as they count: scale times each, the last one or not."""
-    branch = branch * rows.scale
-    if rows.last is True:
-        return branch
-    count = branch.shape[axis]
+    branch, count = branch * rows.scale, branch.shape[axis]
     counts = (torch.arange(count, device=branch.device) < count - 1) | rows.last
     return torch.where(along(counts, branch, axis), branch, 0.0)
 
