@@ -157,14 +157,12 @@ def dinov2_take(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     return x if rows is None else x[rows.index]
 
 
-def dinov2_split(x: Tensor, rows: Rows | None, axis: int = 0) -> tuple[Tensor, Tensor]:
+def dinov2_split(x: Tensor, rows: Rows | None, *_: Any) -> tuple[Tensor, Tensor]:
     """Gather by indexing, and leave the sum of the gradients to autograd."""
-    return x, dinov2_take(x, rows, axis)
+    return x, dinov2_take(x, rows)
 
 
-def dinov2_add(
-    skip: Tensor, branch: Tensor, rows: Rows | None, axis: int = 0, in_place: bool = False
-) -> Tensor:
+def dinov2_add(skip: Tensor, branch: Tensor, rows: Rows | None, *_: Any) -> Tensor:
     """Add flattened rows."""
     if rows is None:
         return skip + branch

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import dropsurgery as ds
 from dropsurgery.errors import ArgumentError
-from dropsurgery.layers.rows import Rows, add_rows, like_rows, split_rows, take_rows
+from dropsurgery.layers.rows import Order, Rows, add_rows, along, like_rows, split_rows, take_rows
 from tests.helpers import randomize
 from tests.saved_work_helpers import Recorder, as_mask, as_windows, assert_runs_as_masked, quiet
 
@@ -662,3 +662,101 @@ def test_a_branch_that_broadcasts() -> None:
     expected[[3, 0]] += 2 * branch
     torch.testing.assert_close(add_rows(skip, branch, rows), expected)
     torch.testing.assert_close(add_rows(skip, branch, as_index(rows, 4)), expected)
+
+
+# Samples that are turned around between two blocks
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("windows", [(a, b) for a in WINDOWS[::2] for b in WINDOWS[1::2]])
+def test_sums_that_are_turned_around(
+    windows: tuple[tuple[int, int], ...], last: bool, projected: bool, axis: int
+) -> None:
+    torch.manual_seed(0)
+    first, second = (Rows(window=window, scale=1.7, last=last) for window in windows)
+    start = windows[1][0]
+    x = torch.randn(5, 5, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 5, 2, dtype=torch.float64)
+
+    def blocks(x: Tensor) -> Tensor:
+        order = None if projected else Order()
+        skip, taken = split_rows(x, first, axis, order)
+        skip = 0.3 * skip if projected else skip
+        y = add_rows(skip, torch.tanh(3.0 * taken), first, axis, False, order, start)
+        y, order = torch.sin(y), Order(start)
+        skip, taken = split_rows(y, second, axis, order)
+        assert taken.data_ptr() == y.data_ptr()
+        return add_rows(skip, torch.tanh(2.0 * taken), second, axis, False, order, 0)
+
+    def masked(x: Tensor) -> Tensor:
+        masks = [along(as_mask(rows, 5), x, axis) for rows in (first, second)]
+        y = torch.sin((0.3 * x if projected else x) + masks[0] * torch.tanh(3.0 * x))
+        return y + masks[1] * torch.tanh(2.0 * y)
+
+    found, expected = blocks(x), masked(x)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
+    if windows == ((2, 3), (3, 3)):
+        assert torch.autograd.gradgradcheck(blocks, (x,))
+
+
+def test_a_skip_that_is_turned_and_has_no_branch_gradient() -> None:
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    order, rows = Order(), Rows(window=(1, 2))
+    skip, taken = split_rows(x, rows, 0, order)
+    total = add_rows(skip, taken.detach(), rows, 0, False, order, 3)
+    weight = torch.randn(5, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((total * weight).sum(), x)
+    assert torch.equal(gradient, weight.roll(3, 0))
+
+
+class Rectified(Mlp):
+    def __init__(self, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.after = after or nn.ReLU(inplace=True)
+        self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.fc(x)) + self.shortcut(x))
+
+
+def turned(module: fx.GraphModule) -> int:
+    """Return how many sums may be written for the next branch."""
+    return len(re.findall(r"= \w+_first(?:_\d+)?\(", module.running_code))
+
+
+def test_sums_are_turned_around_behind_a_relu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turned(insert(Stack(Rectified), "subset")) == 2
+    assert turned(insert(Stack(InPlaceAfter), "subset")) == 2
+    assert turned(insert(Stack(lambda: Rectified(nn.Tanh())), "subset")) == 0
+    assert turned(insert(Stack(Mlp), "subset")) == 0
+    assert turned(insert(Stack(Rectified), "batch")) == 0
+    as_windows(monkeypatch)
+    torch.manual_seed(0)
+    net = insert(Stack(Rectified).double(), "subset")
+    assert_runs_as_masked(net, (torch.randn(9, 6, dtype=torch.float64),), monkeypatch)
+
+
+def test_a_hook_on_the_relu_sees_the_samples_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_windows(monkeypatch)
+    net = insert(Stack(Rectified), "subset").train()
+    relu = net.get_submodule("0.after")
+    seen: list[Tensor] = []
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    hook = relu.register_forward_hook(lambda m, args, out: seen.append(out.detach().clone()))
+    x = torch.rand(9, 6)
+    for _ in range(5):
+        assert torch.equal(net(x), x)
+    assert all(torch.equal(value, x) for value in seen)
+    hook.remove()
+    calls: list[Tensor] = []
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, v: calls.append(v.clone()) or v.relu())
+    for _ in range(5):
+        assert torch.equal(net(x), x)
+    assert not all(torch.equal(value, x) for value in calls)  # what is told apart is there
