@@ -131,7 +131,7 @@ def dinov2(module: fx.GraphModule) -> fx.GraphModule:
     """Return a module with "subset" whose rows are drawn and added in DINOv2's way."""
     for layer in module.modules():
         if isinstance(layer, ds.DropPath):
-            layer.rows = lambda x, axis=0, layer=layer: dinov2_rows(layer, x)  # type: ignore
+            layer.rows = lambda x, *_, layer=layer: dinov2_rows(layer, x)  # type: ignore
             layer.mode = "subset"
     names = {"take_rows": dinov2_take, "split_rows": dinov2_split, "add_rows": dinov2_add}
     previous = {name: getattr(lower, name) for name in names}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.graph.drops import is_drop_path, rate
-from dropsurgery.graph.lower import region_of, working_calls
+from dropsurgery.graph.lower import pixelwise_within, region_of, working_calls
 from dropsurgery.graph.module import called_module, graphs, module_path
 from dropsurgery.graph.region import NoRegion, Region, Regions
 from dropsurgery.graph.shapes import PlainArguments, with_fake_buffers
@@ -117,6 +117,7 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
     batch = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.ndim), 0)
     if not batch:
         raise ArgumentError("expected_compute needs an input tensor with a batch axis")
+    on_cpu = all(v.device.type == "cpu" for v in inputs if isinstance(v, Tensor))
     graph = graphs(traced)[-1]
     costs = flops_by_node(traced, graph, inputs)
     regions = Regions(traced, graph)
@@ -131,8 +132,9 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
         run = 1.0
         if node not in working:
             reason = ""  # it masks, as it was asked to
-        elif not reason:
-            run, reason = _share(layer, batch)
+        elif region is not None:
+            pixelwise = on_cpu and pixelwise_within(traced, region)
+            run, reason = _share(layer, batch, pixelwise)
         members = region.nodes if region else ()
         for member in members:
             shares[member] = shares.get(member, 1.0) * run
@@ -159,15 +161,15 @@ def _region(module: fx.GraphModule, regions: Regions, node: fx.Node) -> tuple[Re
         return None, str(error)
 
 
-def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
+def _share(layer: nn.Module, batch: int, pixelwise: bool) -> tuple[float, str]:
     """Return which share of a branch runs in expectation, and the reason if it is all of it."""
     assert isinstance(layer, DropPath)
     keep = 1.0 - layer.drop_prob
     if layer.mode == "batch":
         return keep, ""
-    run = layer.run(batch)
+    run = layer.run(batch, pixelwise)
     if run == batch and layer.drop_prob > 0.0:
-        below = layer.below_break_even(batch)
+        below = layer.below_break_even(batch, pixelwise)
         reason = "below the break-even" if below else f"ceil({batch} · {keep:.4g}) is all of them"
         return 1.0, f"masked: {reason}"
     return run / batch, ""

@@ -31,8 +31,8 @@ class Recorder:
         self.drawn: dict[int, list[Tensor]] = {}
         rows, survives = ds.DropPath.rows, ds.DropPath.survives
 
-        def recorded_rows(layer: ds.DropPath, x: Tensor, axis: int = 0) -> Rows | None:
-            drawn = rows(layer, x, axis)
+        def recorded_rows(layer: ds.DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows | None:
+            drawn = rows(layer, x, axis, pixelwise)
             if drawn is not None:
                 self.drawn.setdefault(id(layer), []).append(as_mask(drawn, x.shape[axis]))
             return drawn

@@ -315,8 +315,8 @@ def test_the_oracle_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     net = insert(Stack(Mlp).double(), "subset")
     forgets = ds.DropPath.rows
 
-    def wrong(layer: ds.DropPath, x: Tensor, axis: int = 0) -> Rows | None:
-        rows = forgets(layer, x, axis)
+    def wrong(layer: ds.DropPath, *arguments: Any) -> Rows | None:
+        rows = forgets(layer, *arguments)
         return None if rows is None else rows._replace(scale=1.0)
 
     recorder = Recorder(quiet(net), monkeypatch)
@@ -484,19 +484,56 @@ def test_what_can_only_be_masked_is_said() -> None:
     assert "masked: it drops less than the break-even 0.1" in result.changes[0].what
 
 
-def test_the_break_even_of_small_batches() -> None:
-    layer = ds.DropPath(0.3, "subset")  # break-even 0.1 for 64, (2 + 64/B)/3 of it for fewer
-    assert [layer.count(batch) for batch in (64, 32, 10, 9, 2, 1)] == [45, 23, 7, 9, 2, 1]
-    layer.drop_prob = 0.2
-    assert [layer.count(batch) for batch in (32, 16, 15)] == [26, 13, 15]
-    layer.drop_prob = 0.1
-    assert [layer.count(batch) for batch in (128, 64, 63)] == [116, 58, 63]
-    layer.drop_prob = 0.5  # as high as it gets
-    assert [layer.count(batch) for batch in (6, 2, 1)] == [3, 1, 1]
+def test_the_break_even() -> None:
+    layer = ds.DropPath(0.1, "subset")
+    assert [layer.count(batch) for batch in (128, 64, 16, 9, 2, 1)] == [116, 58, 15, 9, 2, 1]
+    layer.drop_prob = 0.09
+    assert [layer.count(batch) for batch in (128, 16, 1)] == [128, 16, 1]
     always = ds.DropPath(0.3, "subset", break_even=0.0)
     assert [always.count(batch) for batch in (10, 2, 1)] == [7, 2, 1]
     assert [always.run(batch) for batch in (10, 4, 2, 1)] == pytest.approx([7, 2.8, 2, 1])
     assert ds.DropPath(0.6, "subset", break_even=0.7).count(64) == 64
+
+
+def test_the_break_even_of_convolutions_of_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one thread torch leaves oneDNN below 16 samples."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    layer = ds.DropPath(0.25, "subset")
+    assert [layer.count(batch, True) for batch in (24, 20, 16, 15)] == [18, 20, 16, 12]
+    assert layer.run(20, True) == 20
+    assert layer.count(20) == 15
+    layer.drop_prob = 0.3
+    assert layer.count(20, True) == 14
+    always = ds.DropPath(0.1, "subset", break_even=0.0)
+    assert always.count(16, True) == 15
+    layer.drop_prob = 0.25
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert layer.count(20, True) == 15
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_of_one_pixel_are_found(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, kernel, padding=kernel // 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.conv(x))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    insertion = ds.InsertDropPath(ds.survival.constant(0.8), mode="subset")
+    net = ds.apply(Block(), insertion).module.train()
+    seen: list[int] = []
+    net.get_submodule("conv").register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    for batch in (10, 16, 64):
+        net(torch.randn(batch, 3, 4, 4))
+    assert seen[0] == 8
+    assert seen[1] == 16 if kernel == 1 else seen[1] in (12, 13)
+    assert seen[2] in (51, 52)
+    site = ds.expected_compute(net, (torch.randn(16, 3, 4, 4),)).sites[0]
+    reason = "masked: below the break-even" if kernel == 1 else ""
+    assert (site.run, site.reason) == (pytest.approx(1.0 if kernel == 1 else 0.8), reason)
 
 
 def test_bad_break_even() -> None:

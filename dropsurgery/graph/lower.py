@@ -284,7 +284,8 @@ class _Builder:
         if call not in self.rows:
             layer = self.graph.get_attr(str(call.target))
             seen = self.see(value, chain[:-1])
-            self.rows[call] = self._function(_draw_rows, layer, seen, axis)
+            pixelwise = pixelwise_within(self.program.module, self.program.calls[call])
+            self.rows[call] = self._function(_draw_rows, layer, seen, axis, pixelwise)
         return self.rows[call]
 
     def _start(self, call: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node | None:
@@ -350,8 +351,18 @@ class _Builder:
         return self.graph.call_function(function, arguments)
 
 
-def _draw_rows(layer: DropPath, x: Tensor, axis: int) -> Rows | None:
-    return layer.rows(x, axis)
+def pixelwise_within(module: fx.GraphModule, region: Region) -> bool:
+    """Say whether a branch holds a convolution of one pixel, without a stride."""
+    return any(
+        isinstance(layer, nn.Conv2d) and {*layer.kernel_size, *layer.stride} == {1}
+        for node in region.nodes
+        if node.op == "call_module"
+        for layer in module.get_submodule(str(node.target)).modules()
+    )
+
+
+def _draw_rows(layer: DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows | None:
+    return layer.rows(x, axis, pixelwise)
 
 
 def _order(rows: Rows | None, first: int) -> Order | None:
