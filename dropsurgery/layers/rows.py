@@ -6,7 +6,8 @@ function is what stood in the network before: the value itself, and the plain ad
 The rows are a window of the batch that may go around its end: no more than two slices, so that
 taking them is a view or one copy, and adding them back reads and writes every row once. The same
 window is an index in compiled code, whose operations the compiler fuses, and where the tensors are
-small: then the calls cost more than the copies, and an index needs a third of them.
+small: then the calls cost more than the copies, and an index needs a third of them. (Autograd keeps
+the rows that were taken and the branch's result then, which a window does without.)
 """
 
 from __future__ import annotations
