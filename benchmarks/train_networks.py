@@ -131,7 +131,7 @@ def dinov2(module: fx.GraphModule) -> fx.GraphModule:
     """Return a module with "subset" whose rows are drawn and added in DINOv2's way."""
     for layer in module.modules():
         if isinstance(layer, ds.DropPath):
-            layer.rows = lambda x, axis=0, layer=layer: dinov2_rows(layer, x)  # type: ignore
+            layer.rows = lambda x, *_, layer=layer: dinov2_rows(layer, x)  # type: ignore
             layer.mode = "subset"
     names = {"take_rows": dinov2_take, "split_rows": dinov2_split, "add_rows": dinov2_add}
     previous = {name: getattr(lower, name) for name in names}
@@ -157,14 +157,12 @@ def dinov2_take(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     return x if rows is None else x[rows.index]
 
 
-def dinov2_split(x: Tensor, rows: Rows | None, axis: int = 0) -> tuple[Tensor, Tensor]:
+def dinov2_split(x: Tensor, rows: Rows | None, *_: Any) -> tuple[Tensor, Tensor]:
     """Gather by indexing, and leave the sum of the gradients to autograd."""
-    return x, dinov2_take(x, rows, axis)
+    return x, dinov2_take(x, rows)
 
 
-def dinov2_add(
-    skip: Tensor, branch: Tensor, rows: Rows | None, axis: int = 0, in_place: bool = False
-) -> Tensor:
+def dinov2_add(skip: Tensor, branch: Tensor, rows: Rows | None, *_: Any) -> Tensor:
     """Add flattened rows."""
     if rows is None:
         return skip + branch

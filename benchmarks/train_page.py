@@ -170,20 +170,24 @@ def summary(document: dict[str, Any]) -> str:
 
 
 def memory_table(memory: dict[str, Any]) -> str:
-    """Return the table of peaks."""
-    header = ("network, batch 64, p_L = 0.5", "plain, MB", "row", "subset", "ideal subset", "batch")
-    rows = [
-        (
-            NAMES[name],
-            f"{found['plain, MB']:.0f}",
-            *(f"{found[key]:.3f}" for key in ("row", "subset", "ideal subset", "batch")),
-        )
-        for name, found in memory.items()
-    ]
+    """Return the table of peaks, and of what autograd keeps where that was counted."""
+    peaks = ("row", "subset", "batch")
+    counted = ("plain kept, MB", "row kept", "subset kept", "ideal subset")
+    header = ("network", "batch", "plain peak, MB", *peaks, *counted)
+    rows = []
+    for key, found in memory.items():
+        name, _, batch = key.partition(":")
+        cells = [f"{found[mode]:.3f}" for mode in peaks]
+        for column in counted:
+            digits = 0 if column.endswith("MB") else 3
+            cells.append(f"{found[column]:.{digits}f}" if column in found else "")
+        rows.append((NAMES[name], batch or "64", f"{found['plain, MB']:.0f}", *cells))
     about = (
-        "Growth of the process's peak resident set during one step, over that of the plain "
-        "network, each in a process of its own. The ideal counts what autograd keeps: every "
-        "branch's share for the chosen rows only. In batch mode one draw decides."
+        "p_L = 0.5. First the growth of the process's peak resident set during one step, over that "
+        "of the plain network, each in a process of its own: what the C library does with freed "
+        "memory is in it. In batch mode one draw decides. Then the bytes that autograd keeps from "
+        "the forward for the backward, counted tensor by tensor (`saved_tensors_hooks`), the mean "
+        "of three draws. The ideal is of these: every branch's share for the chosen rows only."
     )
     return f"{about}\n\n{table(header, rows)}"
 

@@ -10,8 +10,8 @@ ideal, "by time", weighs the stages by what their branches were measured to take
 less one that never runs them. The clock is the processor time of one thread, which other work on
 the machine disturbs least.
 
-    python -m benchmarks.train_step [--cases resnet110:64 ...] [--rounds 7]
-    python -m benchmarks.train_step --memory      peak memory of a step, each in a fresh process
+    python -m benchmarks.train_step [--cases resnet110:64 ...] [--missing] [--rounds 7]
+    python -m benchmarks.train_step --memory      peak memory of a step, and what autograd keeps
     python -m benchmarks.train_step --break-even  where "subset" begins to pay, stage by stage
     python -m benchmarks.train_step --by-batch    what a sample costs in smaller batches
     python -m benchmarks.train_step --page        docs/train_step.md from what was measured
@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import dropsurgery as ds
 from benchmarks.train_networks import (
@@ -236,6 +237,34 @@ def peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def kept_bytes(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> int:
+    """Return how many bytes of activations a training forward keeps for the backward, exactly."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = F.cross_entropy(module.train()(inputs[0]), inputs[1])
+    del loss
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def kept(name: str, batch: int, draws: int = 3) -> dict[str, float]:
+    """Return what is kept in the modes "row" and "subset" over what the plain network keeps."""
+    inputs = inputs_of(name, batch)
+    plain = kept_bytes(NETWORKS[name][0](), inputs)
+    found: dict[str, float] = {"plain kept, MB": plain / 2**20}
+    for mode in ("row", "subset"):
+        module = retrofitted(name, 0.5, mode)
+        own = [kept_bytes(module, inputs) / plain for _ in range(draws)]
+        found[f"{mode} kept"] = statistics.fmean(own)
+    return found
+
+
 class Saved(fx.Interpreter):
     """Runs a graph and writes down how many bytes each node saves for the backward."""
 
@@ -262,7 +291,7 @@ class Saved(fx.Interpreter):
 
 def ideal_memory(name: str, batch: int) -> float:
     """Return the share of what is saved for the backward that "subset" at 0.5 needs at least."""
-    from dropsurgery.graph.lower import region_of, working_calls
+    from dropsurgery.graph.lower import pixelwise_within, region_of, working_calls
     from dropsurgery.graph.region import Regions
 
     module = retrofitted(name, 0.5, "subset").train()
@@ -277,32 +306,30 @@ def ideal_memory(name: str, batch: int) -> float:
     for node in working_calls(module, graph):
         layer = called_module(module, node)
         assert isinstance(layer, ds.DropPath)
-        for member in region_of(module, regions, node).nodes:
-            share[member] = layer.count(batch) / batch
+        region = region_of(module, regions, node)
+        for member in region.nodes:
+            share[member] = layer.run(batch, pixelwise_within(module, region)) / batch
     total = sum(runner.bytes.values())
     return sum(size * share.get(node, 1.0) for node, size in runner.bytes.items()) / total
 
 
-def memory(names: Iterable[str], batch: int = 64) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each network's name and its peaks in every mode as ratios to the plain one's."""
-    for name in names:
+def memory(cases: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each case and its peaks in every mode as ratios to the plain one's."""
+    for case in cases:
+        name, batch = case.split(":")
         peaks = {}
         for mode in ("plain", *MODES):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.train_step",
-                "--peak",
-                f"{name}:{batch}:{mode}",
-            ]
+            command = [sys.executable, "-m", "benchmarks.train_step", "--peak", f"{case}:{mode}"]
             peaks[mode] = int(subprocess.check_output(command, text=True))
-        found = {
-            "plain, MB": peaks["plain"] / 2**20,
-            **{mode: peaks[mode] / peaks["plain"] for mode in MODES},
-            "ideal subset": ideal_memory(name, batch),
-        }
-        print(name, found, flush=True)
-        yield name, found
+        yield (
+            case,
+            {
+                "plain, MB": peaks["plain"] / 2**20,
+                **{mode: peaks[mode] / peaks["plain"] for mode in MODES},
+                **kept(name, int(batch)),
+                "ideal subset": ideal_memory(name, int(batch)),
+            },
+        )
 
 
 # Break-even
@@ -367,9 +394,15 @@ def by_batch(name: str, rounds: int) -> dict[str, float]:
 # Results
 
 
+def results() -> dict[str, Any]:
+    """Return what was measured so far."""
+    document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return document
+
+
 def keep(section: str, key: str, value: Any) -> None:
     """Write one result into the file of results."""
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document = results()
     document.setdefault(section, {})[key] = value
     document["about"] = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
@@ -382,6 +415,7 @@ def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=None, metavar="NETWORK:BATCH")
+    parser.add_argument("--missing", action="store_true", help="only cases without a result yet")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--break-even", action="store_true")
@@ -402,8 +436,9 @@ def main() -> None:
         name, batch, mode = options.peak.split(":")
         print(peak_memory(name, int(batch), mode))
     elif options.memory:
-        for name, value in memory(options.cases or NETWORKS):
-            keep("memory", name, value)
+        for case, value in memory(options.cases or [f"{name}:64" for name in NETWORKS]):
+            keep("memory", case, value)
+            print(case, json.dumps(value), flush=True)
     elif options.break_even:
         for case in options.cases or [f"{name}:64" for name in NETWORKS]:
             name, batch = case.split(":")
@@ -419,8 +454,11 @@ def main() -> None:
         write(RESULTS)
     else:
         for case in options.cases or CASES:
+            if options.missing and case in results().get("steps", {}):
+                continue
             name, batch = case.split(":")
             found = measure(name, int(batch), options.rounds)
+            found["peak of the process, GiB"] = peak() / 2**30
             keep("steps", case, found)
             print(case, json.dumps(found), flush=True)
 

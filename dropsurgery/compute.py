@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropsurgery.errors import ArgumentError
 from dropsurgery.graph.drops import is_drop_path, rate
-from dropsurgery.graph.lower import region_of, working_calls
+from dropsurgery.graph.lower import pixelwise_within, region_of, working_calls
 from dropsurgery.graph.module import called_module, graphs, module_path
 from dropsurgery.graph.region import NoRegion, Region, Regions
 from dropsurgery.graph.shapes import PlainArguments, with_fake_buffers
@@ -99,8 +99,8 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
 
     A multiplication and an addition are two operations, counted by torch's own counter (matrix
     products, convolutions and attention). "row" saves nothing: it masks. "subset" runs a branch of
-    survival p for ceil(B·p) of B samples, "batch" for all of them with probability p. The backward
-    of these operations costs twice the forward and is saved in the same share.
+    survival p for B·p of B samples (one at least), "batch" for all of them with probability p. The
+    backward of these operations costs twice the forward and is saved in the same share.
 
     Args:
         module: a module that dropsurgery returned (or any other: nothing is dropped then). It is
@@ -117,6 +117,7 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
     batch = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.ndim), 0)
     if not batch:
         raise ArgumentError("expected_compute needs an input tensor with a batch axis")
+    on_cpu = all(v.device.type == "cpu" for v in inputs if isinstance(v, Tensor))
     graph = graphs(traced)[-1]
     costs = flops_by_node(traced, graph, inputs)
     regions = Regions(traced, graph)
@@ -131,8 +132,9 @@ def expected_compute(module: nn.Module, example_inputs: Any) -> Compute:
         run = 1.0
         if node not in working:
             reason = ""  # it masks, as it was asked to
-        elif not reason:
-            run, reason = _share(layer, batch)
+        elif region is not None:
+            pixelwise = on_cpu and pixelwise_within(traced, region)
+            run, reason = _share(layer, batch, pixelwise)
         members = region.nodes if region else ()
         for member in members:
             shares[member] = shares.get(member, 1.0) * run
@@ -159,18 +161,18 @@ def _region(module: fx.GraphModule, regions: Regions, node: fx.Node) -> tuple[Re
         return None, str(error)
 
 
-def _share(layer: nn.Module, batch: int) -> tuple[float, str]:
+def _share(layer: nn.Module, batch: int, pixelwise: bool) -> tuple[float, str]:
     """Return which share of a branch runs in expectation, and the reason if it is all of it."""
     assert isinstance(layer, DropPath)
     keep = 1.0 - layer.drop_prob
     if layer.mode == "batch":
         return keep, ""
-    count = layer.count(batch)
-    if count == batch and layer.drop_prob > 0.0:
-        below = layer.below_break_even(batch)
+    run = layer.run(batch, pixelwise)
+    if run == batch and layer.drop_prob > 0.0:
+        below = layer.below_break_even(batch, pixelwise)
         reason = "below the break-even" if below else f"ceil({batch} · {keep:.4g}) is all of them"
         return 1.0, f"masked: {reason}"
-    return count / batch, ""
+    return run / batch, ""
 
 
 class _Counter(PlainArguments):

@@ -13,6 +13,11 @@ from dropsurgery.graph.module import graphs
 from dropsurgery.layers.rows import Rows, along
 
 
+def as_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows be windows of the batch, however small its tensors."""
+    monkeypatch.setattr("dropsurgery.layers.drop_path._SMALL", 0)
+
+
 class Recorder:
     """Keeps what each drop-path layer draws, so that the flat graph can be run with it.
 
@@ -26,8 +31,8 @@ class Recorder:
         self.drawn: dict[int, list[Tensor]] = {}
         rows, survives = ds.DropPath.rows, ds.DropPath.survives
 
-        def recorded_rows(layer: ds.DropPath, x: Tensor, axis: int = 0) -> Rows | None:
-            drawn = rows(layer, x, axis)
+        def recorded_rows(layer: ds.DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows | None:
+            drawn = rows(layer, x, axis, pixelwise)
             if drawn is not None:
                 self.drawn.setdefault(id(layer), []).append(as_mask(drawn, x.shape[axis]))
             return drawn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchvision
@@ -40,8 +42,36 @@ def test_a_subset_runs_what_is_said(name: str) -> None:
     net = insert(getattr(torchvision.models, name)(), "subset").train()
     found = ds.expected_compute(net, (X,))
     assert 0.5 < found.ratio < 0.95
-    # The counts of rows are fixed: every step costs the same.
+    for layer in net.modules():
+        if isinstance(layer, ds.DropPath):  # a round number of rows: every step costs the same
+            layer.drop_prob = math.floor(8 * layer.drop_prob) / 8
+    found = ds.expected_compute(net, (X,))
+    assert 0.5 < found.ratio < 0.95
     assert counted(net, X) == pytest.approx(found.expected, rel=1e-9)
+
+
+def test_a_fraction_of_a_row_runs_at_its_rate() -> None:
+    block = nn.Sequential(Residual())
+    net = ds.apply(block, ds.InsertDropPath(lambda l, total: 0.7, mode="subset", break_even=0.0))
+    x = torch.randn(8, 4)
+    found = ds.expected_compute(net.module, (x,))
+    assert [site.run for site in found.sites] == pytest.approx([0.7])
+    torch.manual_seed(0)
+    costs = torch.tensor([counted(net.module.train(), x) for _ in range(400)]).double()
+    assert set((costs / (2 * 4 * 4)).tolist()) == {5.0, 6.0}
+    assert abs(costs.mean() - found.expected) < 4 * costs.std() / 400**0.5
+    # Of one or two rows none is left out.
+    sites = ds.expected_compute(net.module, (x[:2],)).sites
+    assert sites[0].reason == "masked: ceil(2 · 0.7) is all of them"
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
 
 
 def test_whole_batches_run_at_their_rate() -> None:

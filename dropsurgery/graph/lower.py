@@ -5,7 +5,8 @@ its mode. Run as it stands, that graph masks. What is compiled from it does not 
 drops:
 
 - "subset": the chosen rows of what the branch reads are taken before it, and its result is added
-  back to them;
+  back to them; where nothing but a ReLU stands between two such blocks, the first one's sum is
+  written with the second one's rows at the front, which are then taken as a view;
 - "batch": the branch is a function of its own, called only where it survives.
 
 This happens anew at each `recompile`, so that passes, analyses and pickles know nothing of it.
@@ -17,16 +18,21 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.module import INSERTED, NATIVE
 from dropsurgery.graph.region import NoRegion, Region, Regions
 from dropsurgery.layers.drop_path import DropPath
-from dropsurgery.layers.rows import Rows, add_rows, like_rows, split_rows, take_rows
+from dropsurgery.layers.rows import Order, Rows, add_rows, like_rows, split_rows, take_rows
 
 # The attribute under which a traced module gives itself to the functions of its branches.
 ITSELF = "_itself"
+# What may stand between two blocks whose samples are turned around. It keeps its result for the
+# backward: a view of some rows then costs no memory, where a copy of them would.
+_RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def lower(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph | None:
@@ -119,6 +125,49 @@ class _Program:
         written = any(n in self.memory.writes for n in self.memory.group(value) if order[n] > first)
         return not written and any(order[user] > first for user in others)
 
+    def follows(self, call: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+        """Return the block that alone reads the ReLU of a sum, and the modules between the two.
+
+        None unless both blocks take subsets of one batch.
+        """
+        users = list(self.calls[call].add.users)
+        if len(users) != 1 or not self._is_relu(users[0]):
+            return None
+        value = users[0]
+        between = (value,) if value.op == "call_module" else ()
+        after = next((other for other in self.calls if self.fork(other)[0] is value), None)
+        if after is None or not self.alone(after) or self.is_batch(call):
+            return None
+        region, following = self.calls[call], self.calls[after]
+        together = self.owners.get(region.add) == self.owners.get(following.add)
+        alike = self.layer(call).axis == self.layer(after).axis and not region.in_place
+        return (after, (*between, *self.fork(after)[1:])) if together and alike else None
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.module.get_submodule(str(node.target))) is nn.ReLU
+        return node.target in _RELU
+
+    def fork(self, call: fx.Node) -> tuple[fx.Node, ...]:
+        """Return what a block's skip leads from, and the identities on the way."""
+        way: tuple[fx.Node, ...] = (self.calls[call].skip,)
+        while way[0].op == "call_module" and len(way[0].users) == 1:
+            if type(self.module.get_submodule(str(way[0].target))) is not nn.Identity:
+                break
+            way = (way[0].all_input_nodes[0], *way)
+        return way
+
+    def alone(self, call: fx.Node) -> bool:
+        """Say whether the rows of a branch and its add alone read the fork, as it is."""
+        region, way = self.calls[call], self.fork(call)
+        readers, order = {*self.inside[call], *way[1:], region.add}, self.memory.order
+        if self.is_batch(call) or region.in_place or not readers.issuperset(way[0].users):
+            return False
+        if region.gathered.get(way[0]) != self.layer(call).axis:
+            return False
+        group = self.memory.group(way[0])
+        return not any(n in self.memory.writes and order[n] > order[way[0]] for n in group)
+
     def is_batch(self, call: fx.Node) -> bool:
         """Say whether a call drops whole mini-batches."""
         return self.layer(call).mode == "batch"
@@ -146,6 +195,8 @@ class _Builder:
         self.inputs: dict[fx.Node, fx.Node] = {}
         self.made: dict[fx.Node, fx.Node] = {}
         self.rows: dict[fx.Node, fx.Node] = {}
+        self.orders: dict[fx.Node, fx.Node] = {}
+        self.starts: dict[fx.Node, fx.Node] = {}
         self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -169,8 +220,12 @@ class _Builder:
             inner = (*chain, call)
             branch = self.see(region.branch, inner)
             skip = self.see(region.skip, chain)
-            rows = self.rows[call]
-            self.made[node] = self._function(add_rows, skip, branch, rows, axis, region.in_place)
+            rows, order = self.rows[call], self.orders.get(call)
+            arguments: list[Any] = [skip, branch, rows, axis, region.in_place]
+            to = self._start(call, chain)
+            if order is not None or to is not None:
+                arguments += [order, to or 0]
+            self.made[node] = self._function(add_rows, *arguments)
 
     def see(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Return what a node inside the regions `chain` (outermost first) sees of a value."""
@@ -185,7 +240,12 @@ class _Builder:
         if value in region.gathered:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
             axis = region.gathered[value]
-            if self.program.splits(call, value):
+            if value is self.program.fork(call)[0] and self._is_turned(call):
+                self.orders[call] = order = self._function(_order, rows, self.starts.get(call, 0))
+                parts = self._function(split_rows, seen, rows, axis, order)
+                self._replace(value, outer, self._function(operator.getitem, parts, 0))
+                view = self._function(operator.getitem, parts, 1)
+            elif self.program.splits(call, value):
                 parts = self._function(split_rows, seen, rows, axis)
                 self._replace(value, outer, self._function(operator.getitem, parts, 0))
                 view = self._function(operator.getitem, parts, 1)
@@ -224,8 +284,26 @@ class _Builder:
         if call not in self.rows:
             layer = self.graph.get_attr(str(call.target))
             seen = self.see(value, chain[:-1])
-            self.rows[call] = self._function(_draw_rows, layer, seen, axis)
+            pixelwise = pixelwise_within(self.program.module, self.program.calls[call])
+            self.rows[call] = self._function(_draw_rows, layer, seen, axis, pixelwise)
         return self.rows[call]
+
+    def _start(self, call: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node | None:
+        """Return which sample is to stand first in a block's sum: the next branch's first one."""
+        following = self.program.follows(call)
+        if following is None:
+            return None
+        after, between = following
+        modules = [self.graph.get_attr(str(node.target)) for node in between]
+        value, axis = next(iter(self.program.calls[call].gathered.items()))
+        drawn = self._rows(value, axis, (*chain, after))
+        self.starts[after] = self._function(_first, self.rows[call], drawn, *modules)
+        return self.starts[after]
+
+    def _is_turned(self, call: fx.Node) -> bool:
+        """Say whether a block's fork, or the gradient of its sum, may be turned around."""
+        turned = call in self.starts or self.program.follows(call) is not None
+        return turned and self.program.alone(call)
 
     def _base(self, value: fx.Node) -> fx.Node:
         """Return a value as it is outside of every region that this builder writes."""
@@ -273,8 +351,39 @@ class _Builder:
         return self.graph.call_function(function, arguments)
 
 
-def _draw_rows(layer: DropPath, x: Tensor, axis: int) -> Rows | None:
-    return layer.rows(x, axis)
+def pixelwise_within(module: fx.GraphModule, region: Region) -> bool:
+    """Say whether a branch holds a convolution of one pixel, without a stride."""
+    return any(
+        isinstance(layer, nn.Conv2d) and {*layer.kernel_size, *layer.stride} == {1}
+        for node in region.nodes
+        if node.op == "call_module"
+        for layer in module.get_submodule(str(node.target)).modules()
+    )
+
+
+def _draw_rows(layer: DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows | None:
+    return layer.rows(x, axis, pixelwise)
+
+
+def _order(rows: Rows | None, first: int) -> Order | None:
+    return None if rows is None or rows.window is None else Order(first)
+
+
+def _first(rows: Rows | None, following: Rows | None, *between: nn.Module) -> int:
+    """Return the sample that is to stand first in a sum.
+
+    A hook on a module between the blocks is shown the samples as they stand in the batch.
+    """
+    if rows is None or following is None or rows.window is None or following.window is None:
+        return 0
+    if any(_hooked(module) for module in between):
+        return 0
+    return following.window[0]
+
+
+def _hooked(module: nn.Module) -> bool:
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:

@@ -16,13 +16,22 @@ from dropsurgery.survival import check_probability
 Mode = Literal["row", "subset", "batch"]
 
 # Below this drop probability computing a subset costs more than it saves. Of the networks of
-# docs/train_step.md it is highest for ResNet-110, whose branches are the cheapest. On one core
-# there 0.1 pays for a batch of 64, 0.15 (and 0.1 not) for 32, 0.2 (and 0.15 not) for 16: a third of
-# the cost at 64 does not shrink with the batch.
+# docs/train_step.md it is highest for ResNet-110, whose branches are the cheapest: on one core
+# there 0.1 pays for batches of 16 and of 64.
 BREAK_EVEN = 0.1
-_FULL_BATCH = 64
+# With one thread torch gives float32 convolutions of one pixel to oneDNN from 16 samples on; below
+# it computes them by itself, and takes half as long again for each. A batch that was above and a
+# subset that is below pay from here on, as ResNet-50 does.
+_ONEDNN_FROM = 16
+_BREAK_EVEN_BELOW = 0.3
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
+# So few rows are not made fewer by leaving out one that does not count: BatchNorm needs two.
+_FEWEST = 2
+# So many elements or fewer, in a small batch: calls from Python take longer than to copy them. A
+# quarter of it in a larger one, whose copies are kept for the backward.
+_SMALL = 1 << 18
+_SMALL_BATCH = 32
 
 
 def check_mode(mode: str) -> Mode:
@@ -54,17 +63,19 @@ class DropPath(nn.Module):
         drop_prob: probability of dropping, in [0, 1]; one minus the survival probability.
         mode: "row" draws once for every sample, "batch" once for all of them. "subset" draws how
             the network's branch is computed: for ceil(B·p) neighbours of B samples from a random
-            one on (around the end), p the survival probability, the last of which counts with the
-            probability that makes every sample survive with p exactly. Draws of different layers
-            are independent; within a layer neighbours in the batch tend to go together, which in
-            a shuffled batch is a random subset. Where that leaves out no sample, and for a
-            `drop_prob` below the break-even, it draws like "row".
+            one on (around the end), p the survival probability, or for one less, with the
+            probability that makes every sample survive with p exactly. (Of one sample or two, and
+            in compiled code, where sizes must stay, the last one is computed and masked instead.)
+            Draws of different layers are independent; within a layer neighbours in the batch tend
+            to go together, which in a shuffled batch is a random subset. Where that never leaves
+            out a sample, and for a `drop_prob` below the break-even, it draws like "row".
         axis: where the batch is.
-        break_even: for "subset", the drop probability from which on it saves time, for 64 samples
-            or more. Fewer save less and part of the cost stays: (2 + 64/B)/3 times as high for B,
-            at most 0.5 (or `break_even`, where that is higher). Compiled code goes by `break_even`
-            alone. The default was measured on one core with eager code, on a network of cheap
-            branches (`benchmarks/train_step.py --break-even`); 0 takes a subset always.
+        break_even: for "subset", the drop probability from which on it saves time. Eager code on
+            one thread raises it to 0.3 where a branch with convolutions of one pixel would get
+            fewer than 16 samples of 16 or more: torch computes these more slowly. Compiled code
+            goes by `break_even` alone. The default was measured on one core with eager code, on a
+            network of cheap branches (`benchmarks/train_step.py --break-even`); 0 takes a subset
+            always.
 
     Attributes:
         peak: the largest drop probability that the layer was given. Compiled code takes a subset
@@ -120,12 +131,13 @@ class DropPath(nn.Module):
         count = 1 if self.mode == "batch" else x.shape[self.axis]
         return x * along(self._mask(x, count, x.dtype), x, self.axis)
 
-    def rows(self, x: Tensor, axis: int = 0) -> Rows | None:
+    def rows(self, x: Tensor, axis: int = 0, pixelwise: bool = False) -> Rows | None:
         """Draw the samples that the branch is computed for.
 
         Args:
             x: any tensor that holds the batch.
             axis: where `x` holds it.
+            pixelwise: whether the branch holds a convolution of one pixel.
 
         Returns:
             None in eval and with `drop_prob` 0.
@@ -133,33 +145,62 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
-        compiled = torch.compiler.is_compiling()
-        count = self._count_compiled(batch) if compiled else self.count(batch)
+        scale = 1.0 / keep if keep > 0.0 else 0.0
+        if not torch.compiler.is_compiling():
+            cpu = x.device.type == "cpu"
+            if self.mode != "subset" or self.run(batch, pixelwise and cpu) == batch:
+                return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
+            first, count, last = self._window(batch)
+            small = _SMALL if batch < _SMALL_BATCH else _SMALL // 4
+            if not cpu or x.numel() > small:
+                return Rows(last=last, scale=scale, window=(first, count))
+            index = torch.arange(first, first + count)
+            return Rows(index.remainder_(batch), last=last, scale=scale)
         # Compiled, a question about the rate or the batch would be a guard, and each site would
         # have code compiled again where its answer changes. A subset of all B rows is right too.
-        masks = self.mode != "subset" or self.peak < self.break_even if compiled else count == batch
-        if masks:
+        if self.mode != "subset" or self.peak < self.break_even:
             return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
-        scale = 1.0 / keep if keep > 0.0 else 0.0
-        if compiled:
-            start, chance = self._numbers_compiled(x.device)
-            index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
-            return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
-        share = batch * keep - (count - 1)
+        count = self._count_compiled(batch)
+        start, chance = self._numbers_compiled(x.device)
+        index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
+        return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
+
+    def _window(self, batch: int) -> tuple[int, int, bool]:
+        """Draw, on the host, the first row, how many there are, and whether the last one counts."""
+        count = self._most(batch)
+        share = batch * (1.0 - self.drop_prob) - (count - 1)
         first = min(int(self._number(0) * batch), batch - 1)
         last = share >= 1.0 - 1e-9 or self._number(1) < share
-        return Rows(last=last, scale=scale, window=(first, count))
+        if not last and count > _FEWEST:  # what does not count need not run
+            count, last = count - 1, True
+        return (first if count < batch else 0), count, last
 
-    def below_break_even(self, batch: int) -> bool:
-        """Say whether a subset of a batch costs more than it saves, in eager code."""
-        factor = (2.0 + _FULL_BATCH / max(batch, 1)) / 3.0
-        raised = min(self.break_even * factor, 0.5)
-        return self.drop_prob < max(self.break_even, raised)
+    def below_break_even(self, batch: int, pixelwise: bool = False) -> bool:
+        """Say whether a subset of a batch costs more than it saves, in eager code.
 
-    def count(self, batch: int) -> int:
-        """Return for how many samples of a batch the branch is computed in training."""
-        if self.mode != "subset" or self.below_break_even(batch):
+        Args:
+            batch: how many samples there are.
+            pixelwise: whether the branch holds a convolution of one pixel, on a CPU.
+        """
+        least = self.break_even
+        if pixelwise and least > 0.0 and self._most(batch) < _ONEDNN_FROM <= batch:
+            least = max(least, _BREAK_EVEN_BELOW if torch.get_num_threads() == 1 else 0.0)
+        return self.drop_prob < least
+
+    def count(self, batch: int, pixelwise: bool = False) -> int:
+        """Return for how many samples of a batch at most the branch is computed in training."""
+        if self.mode != "subset" or self.below_break_even(batch, pixelwise):
             return batch
+        return self._most(batch)
+
+    def run(self, batch: int, pixelwise: bool = False) -> float:
+        """Return for how many it is in expectation, in eager code."""
+        count = self.count(batch, pixelwise)
+        if count <= _FEWEST or self.mode != "subset" or self.below_break_even(batch, pixelwise):
+            return count
+        return batch * (1.0 - self.drop_prob)
+
+    def _most(self, batch: int) -> int:
         # The tolerance is for products such as 10 · 0.7, which floats do not hold.
         return min(max(math.ceil(batch * (1.0 - self.drop_prob) - 1e-9), 1), batch)
 

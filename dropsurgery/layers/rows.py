@@ -4,8 +4,10 @@ What a branch with `DropPath(mode="subset")` runs between. In eval there are no 
 function is what stood in the network before: the value itself, and the plain add.
 
 The rows are a window of the batch that may go around its end: no more than two slices, so that
-taking them is a view or one copy, and adding them back reads and writes every row once. Compiled
-code gets the same window as an index, whose operations the compiler fuses.
+taking them is a view or one copy, and adding them back reads and writes every row once. The same
+window is an index in compiled code, whose operations the compiler fuses, and where the tensors are
+small: then the calls cost more than the copies, and an index needs a third of them. (Autograd keeps
+the rows that were taken and the branch's result then, which a window does without.)
 """
 
 from __future__ import annotations
@@ -53,15 +55,46 @@ def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     return taken.movedim(-1, 1) if moved else taken
 
 
-def split_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> tuple[Tensor, Tensor]:
+class Order:
+    """In which order a fork's samples stand, and the gradient that comes back to it.
+
+    The sum of a block may be written with its samples turned around, so that the window of the next
+    branch stands first in it: a view, where a window that goes around the end has to be copied and
+    kept for the backward. What writes every row anyway (the sum, and the fork's gradient) turns
+    them at no cost. The gradient of the skip alone is handed through as it comes.
+
+    Attributes:
+        fork: the sample that stands first in the fork.
+        sum: the sample that stands first in the gradient of the sum.
+    """
+
+    __slots__ = ("fork", "sum")
+
+    def __init__(self, fork: int = 0) -> None:
+        self.fork = self.sum = fork
+
+
+def split_rows(
+    x: Tensor, rows: Rows | None, axis: int = 0, order: Order | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a tensor as it is, for the skip, and its chosen rows, for the branch.
 
     What `(x, take_rows(x, rows, axis))` gives, with a backward that adds the two gradients in one
     go. Neither may be written to. Whatever else reads the tensor later should read the first one.
+
+    Args:
+        x: any tensor with B entries on `axis`.
+        rows: what `DropPath.rows` drew; None in eval.
+        axis: where the batch is.
+        order: how the samples stand, where nothing but the `add_rows` that gets the same order
+            reads the first result.
     """
-    if rows is None or rows.window is None or not (x.requires_grad and torch.is_grad_enabled()):
+    if rows is None or rows.window is None:
         return x, take_rows(x, rows, axis)
-    whole, taken = _SplitRows.apply(x, rows.window, axis)
+    order = order or Order()
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x, _window(x, rows.window, axis, order.fork)
+    whole, taken = _SplitRows.apply(x, rows.window, axis, order)
     return whole, taken
 
 
@@ -76,7 +109,13 @@ def like_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
 
 
 def add_rows(
-    skip: Tensor, branch: Tensor, rows: Rows | None, axis: int = 0, in_place: bool = False
+    skip: Tensor,
+    branch: Tensor,
+    rows: Rows | None,
+    axis: int = 0,
+    in_place: bool = False,
+    order: Order | None = None,
+    to: int = 0,
 ) -> Tensor:
     """Return skip + branch, where the branch was computed for the chosen rows.
 
@@ -87,6 +126,8 @@ def add_rows(
         rows: what `DropPath.rows` drew; None in eval.
         axis: where the batch is.
         in_place: write the sum into `skip`.
+        order: what `split_rows` got, where `skip` is its first result.
+        to: the sample that is to stand first in the sum; for a window only.
     """
     if rows is None:
         return skip.add_(branch) if in_place else skip + branch
@@ -98,27 +139,27 @@ def add_rows(
     if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
         skip, branch = _alike(skip, branch, axis, in_place)
     if rows.window is not None and not in_place:
-        last = bool(rows.last)
-        sum_: Tensor = _AddRows.apply(skip, branch, rows.window, last, rows.scale, axis)
+        factors = rows.scale, bool(rows.last)
+        sum_: Tensor = _AddRows.apply(skip, branch, rows.window, factors, axis, order, to)
         return sum_
-    branch = _weighted(branch, rows, axis)
+    scale = rows.scale
+    if rows.last is not True:
+        branch, scale = _weighted(branch, rows, axis), 1.0
     if rows.window is not None:
-        _add_to(skip, branch, rows.window, 1.0, axis)
+        _add_to(skip, branch, rows.window, scale, axis)
         return skip
     assert rows.index is not None
     if in_place:
-        return skip.index_add_(axis, rows.index, branch)
+        return skip.index_add_(axis, rows.index, branch, alpha=scale)
     dense, moved = _dense(skip, axis)
-    total = dense.index_add(axis, rows.index, branch.movedim(1, -1) if moved else branch)
+    branch = branch.movedim(1, -1) if moved else branch
+    total = dense.index_add(axis, rows.index, branch, alpha=scale)
     return total.movedim(-1, 1) if moved else total
 
 
 def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
     """Return the rows of a branch as they count: scale times each, the last one or not."""
-    branch = branch * rows.scale
-    if rows.last is True:
-        return branch
-    count = branch.shape[axis]
+    branch, count = branch * rows.scale, branch.shape[axis]
     counts = (torch.arange(count, device=branch.device) < count - 1) | rows.last
     return torch.where(along(counts, branch, axis), branch, 0.0)
 
@@ -135,12 +176,14 @@ class _SplitRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, window: tuple[int, int], axis: int) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), _window(x, window, axis)
+    def forward(
+        x: Tensor, window: tuple[int, int], axis: int, order: Order
+    ) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _window(x, window, axis, order.fork)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.window, ctx.axis = inputs
+        x, ctx.window, ctx.axis, ctx.order = inputs
         ctx.like = x.shape, x.dtype, x.device
         # One without a gradient is none, not zeros to be added.
         ctx.set_materialize_grads(False)
@@ -148,12 +191,18 @@ class _SplitRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, taken = gradients
-        if taken is None:
-            return whole, None, None
+        window, order = ctx.window, ctx.order
         if whole is None:
+            if taken is None:
+                return None, None, None, None
             shape, dtype, device = ctx.like
             whole = torch.zeros(shape, dtype=dtype, device=device)
-        return _add_window(whole, taken, ctx.window, 1.0, ctx.axis), None, None
+        if taken is None:
+            if order.sum == order.fork:
+                return whole, None, None, None
+            window, taken = (order.fork, 0), whole.narrow(ctx.axis, 0, 0)
+        total = _add_window(whole, taken, window, 1.0, ctx.axis, order.sum, order.fork)
+        return total, None, None, None
 
 
 class _AddRows(torch.autograd.Function):
@@ -168,38 +217,49 @@ class _AddRows(torch.autograd.Function):
         skip: Tensor,
         branch: Tensor,
         window: tuple[int, int],
-        last: bool,
-        scale: float,
+        factors: tuple[float, bool],
         axis: int,
+        order: Order | None,
+        to: int,
     ) -> Tensor:
+        scale, last = factors
         if not last:
             first, size = window
             window, branch = (first, size - 1), branch.narrow(axis, 0, size - 1)
-        return _add_window(skip, branch, window, scale, axis)
+        if order is not None:
+            order.sum = to
+        at = 0 if order is None else order.fork
+        return _add_window(skip, branch, window, scale, axis, at, to)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.window, ctx.last, ctx.scale, ctx.axis = inputs
+        skip, _, ctx.window, ctx.factors, ctx.axis, ctx.order, ctx.to = inputs
+        ctx.batch = skip.shape[ctx.axis]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        axis, branch = ctx.axis, None
+        (scale, last), axis, branch, skip = ctx.factors, ctx.axis, None, gradient
         if ctx.needs_input_grad[1]:
-            branch = _scaled_window(gradient, ctx.window, ctx.scale, axis)
-            if not ctx.last:
+            branch = _scaled_window(gradient, ctx.window, scale, axis, ctx.to)
+            if not last:
                 branch.narrow(axis, ctx.window[1] - 1, 1).zero_()
-        return gradient, branch, None, None, None, None
+        if ctx.order is None and ctx.to and ctx.needs_input_grad[0]:
+            skip = _window(gradient, (0, ctx.batch), axis, ctx.to)
+        return skip, branch, None, None, None, None, None
 
 
 # Between the operations of a branch the caches are cold, and a call from Python costs many times
-# what it costs in a loop: what follows makes few of them.
+# what it costs in a loop: what follows makes few of them. `at` and `to` are the samples that stand
+# first in what is read and in what is written.
 
 
-def _window(x: Tensor, window: tuple[int, int], axis: int) -> Tensor:
+def _window(x: Tensor, window: tuple[int, int], axis: int, at: int = 0) -> Tensor:
     """Return the rows of a window: a view, or one copy where it goes around the end."""
     first, size = window
-    over = first + size - x.shape[axis]
+    batch = x.shape[axis]
+    first = (first - at) % batch
+    over = first + size - batch
     if over <= 0:
         return x.narrow(axis, first, size)
     return torch.cat((x.narrow(axis, first, size - over), x.narrow(axis, 0, over)), axis)
@@ -207,60 +267,72 @@ def _window(x: Tensor, window: tuple[int, int], axis: int) -> Tensor:
 
 def _add_to(total: Tensor, part: Tensor, window: tuple[int, int], scale: float, axis: int) -> None:
     """Add scale · part to the rows of a window, in place."""
-    first, size = window
-    over = first + size - total.shape[axis]
-    if over <= 0:
-        total.narrow(axis, first, size).add_(part, alpha=scale)
-        return
-    late, early = part.split((size - over, over), axis)
-    total.narrow(axis, first, size - over).add_(late, alpha=scale)
-    total.narrow(axis, 0, over).add_(early, alpha=scale)
+    for start, size, _, inner in _pieces(total.shape[axis], window, 0, 0):
+        if inner is not None:
+            total.narrow(axis, start, size).add_(part.narrow(axis, inner, size), alpha=scale)
 
 
 def _add_window(
-    whole: Tensor, part: Tensor, window: tuple[int, int], scale: float, axis: int
+    whole: Tensor,
+    part: Tensor,
+    window: tuple[int, int],
+    scale: float,
+    axis: int,
+    at: int = 0,
+    to: int = 0,
 ) -> Tensor:
     """Return `whole` with scale · part added on a window: every row is written once."""
+    pieces = _pieces(whole.shape[axis], window, at, to)
     if torch.is_grad_enabled():  # a second derivative is asked for
-        total = whole.clone()
-        _add_to(total, part, window, scale, axis)
-        return total
-    first, size = window
-    batch = whole.shape[axis]
-    over = first + size - batch
+        rows = []
+        for _, size, source, inner in pieces:
+            row = whole.narrow(axis, source, size)
+            if inner is not None:
+                row = row.add(part.narrow(axis, inner, size), alpha=scale)
+            rows.append(row)
+        return torch.cat(rows, axis)
     total = torch.empty_like(whole)
-    if over <= 0:
-        sizes = (first, size, -over)
-        before, inside, after = whole.split(sizes, axis)
-        to_before, to_inside, to_after = total.split(sizes, axis)
-        torch.add(inside, part, alpha=scale, out=to_inside)
-        if first:
-            to_before.copy_(before)
-        if over:
-            to_after.copy_(after)
-        return total
-    sizes = (over, batch - size, size - over)
-    early, between, late = whole.split(sizes, axis)
-    to_early, to_between, to_late = total.split(sizes, axis)
-    part_late, part_early = part.split((size - over, over), axis)
-    torch.add(early, part_early, alpha=scale, out=to_early)
-    torch.add(late, part_late, alpha=scale, out=to_late)
-    if batch > size:
-        to_between.copy_(between)
+    for start, size, source, inner in pieces:
+        row, target = whole.narrow(axis, source, size), total.narrow(axis, start, size)
+        if inner is None:
+            target.copy_(row)
+        else:
+            torch.add(row, part.narrow(axis, inner, size), alpha=scale, out=target)
     return total
 
 
-def _scaled_window(x: Tensor, window: tuple[int, int], scale: float, axis: int) -> Tensor:
+def _pieces(
+    batch: int, window: tuple[int, int], at: int, to: int
+) -> list[tuple[int, int, int, int | None]]:
+    """Cut what is written where the window, or what is read, begins or ends.
+
+    Returns:
+        For each piece its start and size, and where it begins in what is read and in the window.
+    """
+    first, size = window
+    cuts = sorted({0, (first - to) % batch, (first + size - to) % batch, (at - to) % batch})
+    pieces = []
+    for start, end in zip(cuts, [*cuts[1:], batch], strict=True):
+        inner = (start + to - first) % batch
+        source = (start + to - at) % batch
+        pieces.append((start, end - start, source, inner if inner < size else None))
+    return pieces
+
+
+def _scaled_window(
+    x: Tensor, window: tuple[int, int], scale: float, axis: int, at: int = 0
+) -> Tensor:
     """Return scale times the rows of a window, written once."""
     first, size = window
-    over = first + size - x.shape[axis]
+    batch = x.shape[axis]
+    first = (first - at) % batch
+    over = first + size - batch
     if over <= 0 or torch.is_grad_enabled():
-        return _window(x, window, axis) * scale
-    late, early = x.narrow(axis, first, size - over), x.narrow(axis, 0, over)
+        return _window(x, window, axis, at) * scale
     scaled = torch.empty_like(x.narrow(axis, 0, size))
-    to_late, to_early = scaled.split((size - over, over), axis)
-    torch.mul(late, scale, out=to_late)
-    torch.mul(early, scale, out=to_early)
+    late, early = x.narrow(axis, first, size - over), x.narrow(axis, 0, over)
+    torch.mul(late, scale, out=scaled.narrow(axis, 0, size - over))
+    torch.mul(early, scale, out=scaled.narrow(axis, size - over, over))
     return scaled
 
 

@@ -67,8 +67,8 @@ class InsertDropPath(Pass):
     Args:
         survival: rule(l, L) → survival probability of block l of L, in [0, 1]; see `ds.survival`.
         mode: how a branch is dropped in training. "row": computed for every sample, and masked.
-            "subset": computed for ceil(B·p) random samples of B and added back to them; each
-            sample survives with exactly p, and training saves the rest of the work. BatchNorm in
+            "subset": computed for B·p random samples of B (in expectation) and added back to them;
+            each survives with exactly p, and training saves the rest of the work. BatchNorm in
             the branch sees the chosen samples only. "batch": one draw a mini-batch, on the host;
             a dropped branch does not run, and its BatchNorm statistics stay (the paper's form).
             Where a branch cannot be taken apart from the graph it is masked, and the change says
@@ -81,7 +81,7 @@ class InsertDropPath(Pass):
         count: over which sites l and L count: "all", chosen or not, or "chosen". (Unit "position"
             counts every block there is.)
         break_even: with mode "subset", sites that drop less than this are masked: taking rows
-            apart costs more than it saves there. In [0, 1]; see `DropPath` for small batches.
+            apart costs more than it saves there. In [0, 1]; see `DropPath`.
         include: what else counts as a site: "linear" (adds whose branch is affine), "nested" (long
             skips around other residual sites); see `find_residuals`.
 
