@@ -346,13 +346,14 @@ def _captures_fixed(model: nn.Module, args: tuple[Any, ...]) -> bool:
 def _refuse_randomness(program: torch.export.ExportedProgram, places: frozenset[str]) -> int:
     """Refuse what is random or would be inexact; return how often Monte-Carlo dropout draws."""
     draws = 0
+    constant = _constants(program)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
                 continue
             given = _arguments(node)
             trains = given.get("training", given.get("train"))
-            if "batch_norm" in node.target.name() and trains:
+            if "batch_norm" in node.target.name() and trains and node not in constant:
                 raise ExportError(
                     "batch normalisation would be exported with batch statistics",
                     where=_place(node),
@@ -372,6 +373,20 @@ def _refuse_randomness(program: torch.export.ExportedProgram, places: frozenset[
                     '(ds.ConvertDropout("identity")), or make the noise an input',
                 )
     return draws
+
+
+def _constants(program: torch.export.ExportedProgram) -> set[fx.Node]:
+    """Return the nodes that depend on no input, such as weights that are standardised."""
+    given = set(program.graph_signature.user_inputs)
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            is_constant = node.name not in given
+        else:
+            is_constant = node.op != "output" and found.issuperset(node.all_input_nodes)
+        if is_constant:
+            found.add(node)
+    return found
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

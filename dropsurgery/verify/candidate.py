@@ -11,6 +11,7 @@ from dropsurgery.errors import StochasticError
 from dropsurgery.graph.signature import named_inputs
 from dropsurgery.verify.cases import Case
 from dropsurgery.verify.onnx_file import OnnxRunner, feeds_for
+from dropsurgery.verify.providers import LEVELS
 from dropsurgery.verify.run import DrawsInEval, ModuleRunner
 
 
@@ -20,6 +21,7 @@ class Candidate:
     Args:
         target: path of an ONNX file, or a module.
         provider: what onnxruntime runs the file on.
+        level: how far onnxruntime optimises it; see `providers.LEVELS`.
 
     Attributes:
         module: the module; None for a file.
@@ -28,7 +30,12 @@ class Candidate:
         placement: what runs it.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | nn.Module, provider: str) -> None:
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | nn.Module,
+        provider: str,
+        level: str = LEVELS[-1],
+    ) -> None:
         self.runner: OnnxRunner | ModuleRunner
         if isinstance(target, nn.Module):
             self.module: nn.Module | None = target
@@ -36,7 +43,7 @@ class Candidate:
             self.name, self.placement = self.runner.name, str(self.runner.device)
         else:
             self.module = None
-            self.runner = OnnxRunner(Path(target), provider)
+            self.runner = OnnxRunner(Path(target), provider, level)
             self.name, self.placement = os.fspath(target), self.runner.placement
 
     @property

@@ -15,6 +15,7 @@ from dropsurgery.verify.cases import Case
 from dropsurgery.verify.environment import environment
 from dropsurgery.verify.gate import Gate
 from dropsurgery.verify.outcome import Record, judge_samples
+from dropsurgery.verify.providers import LEVELS
 from dropsurgery.verify.run import DrawsInEval, ModuleRunner
 from dropsurgery.verify.stochastic import Samples
 from dropsurgery.verify.verdict import Verdict
@@ -33,12 +34,14 @@ class Comparison:
         provider: str,
         gate: Gate,
         progress: Progress | None,
+        *,
+        level: str = LEVELS[-1],
     ) -> None:
         # The module that rounding is measured against, and the one before surgery, if there is one.
         self.model = reference if surgered is None else surgered
         self.gate = gate
         self.progress = progress
-        self.other = Candidate(candidate, provider)
+        self.other = Candidate(candidate, provider, level)
         self.reference = ModuleRunner(self.model, "reference")
         self.origin = None if surgered is None else ModuleRunner(reference, "reference")
         after = self.other.module or surgered

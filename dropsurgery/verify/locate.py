@@ -21,6 +21,7 @@ from dropsurgery.verify.compare import check_comparison, comparison_cases
 from dropsurgery.verify.comparison import Progress
 from dropsurgery.verify.location import Location
 from dropsurgery.verify.marked import MarkedGraph
+from dropsurgery.verify.optimizer import blame
 from dropsurgery.verify.pieces import KnownPairs, Pieces
 from dropsurgery.verify.recorded import RecordedGraph
 from dropsurgery.verify.recording import Recording, record
@@ -59,8 +60,9 @@ def locate(
     `export_onnx` writes into a file and a network of `slim` or `apply` holds. If they agree, the
     place is where that network and the reference part.
 
-    The file's graph runs without onnxruntime's optimiser, which would leave values out. The modules
-    are not changed. Needs memory for all activations of one input, about four times over.
+    The file's graph runs without onnxruntime's optimiser, which would leave values out. Where that
+    shows no place, and the optimised graph is wrong, this is said. The modules are not changed.
+    Needs memory for all activations of one input, about four times over.
 
     Args:
         reference: the original network.
@@ -109,7 +111,7 @@ def search(
             raise
         found = None  # after these passes the network takes other inputs than before
     if middle is None or found is None:
-        return _first(reference, of, cases, progress)
+        return of.excused(reference, cases, *_first(reference, of, cases, progress))
     location, pieces = found
     if location.found:
         return _noted(location, "compared with the network after its surgery"), pieces
@@ -118,7 +120,7 @@ def search(
     before, _ = _first(reference, _Module(middle), cases, progress)
     if before.found:  # no nodes of the file show it
         return _noted(before, "the file is what the network is after its surgery"), None
-    return location, None
+    return of.excused(middle, cases, location, None)
 
 
 def _noted(location: Location, note: str) -> Location:
@@ -133,7 +135,8 @@ class _File:
     """
 
     def __init__(self, path: str | os.PathLike[str], provider: str) -> None:
-        self.graph = MarkedGraph(Path(path), provider)
+        self.path, self.provider = Path(path), provider
+        self.graph = MarkedGraph(self.path, provider)
         self.history = told_by_file(self.graph.metadata)
 
     def cases(self, reference: nn.Module, inputs: Any, **options: Any) -> Iterator[Case]:
@@ -147,6 +150,19 @@ class _File:
     ) -> Iterator[Pieces]:
         """Yield the values of both sides."""
         yield Pieces(recording, self.graph, case, known)
+
+    def excused(
+        self,
+        reference: nn.Module,
+        cases: Sequence[Case],
+        location: Location,
+        pieces: Pieces | None,
+    ) -> tuple[Location, Pieces | None]:
+        """Return a place, or that there is none since it is onnxruntime's optimiser that errs."""
+        if not location.found:
+            reason = blame(reference, self.path, self.provider, cases)
+            location = dataclasses.replace(location, reason=reason)
+        return location, pieces
 
 
 class _Module:
@@ -163,6 +179,16 @@ class _Module:
     def cases(self, reference: nn.Module, inputs: Any, **options: Any) -> Iterator[Case]:
         """Yield what `verify` compares."""
         return comparison_cases(reference, self.module, inputs, **options)
+
+    def excused(
+        self,
+        reference: nn.Module,
+        cases: Sequence[Case],
+        location: Location,
+        pieces: Pieces | None,
+    ) -> tuple[Location, Pieces | None]:
+        """Return them: a module runs as it is."""
+        return location, pieces
 
     def pieces(
         self, reference: nn.Module, recording: Recording, case: Case, known: KnownPairs

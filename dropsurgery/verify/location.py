@@ -67,7 +67,8 @@ class Location:
         found: whether there is such a place.
         module: dotted path of the module.
         step: the piece, or None.
-        reason: what is wrong there.
+        reason: what is wrong there; without a place, what is wrong elsewhere (onnxruntime's
+            optimiser).
         case: the input that showed it.
         steps: all values that were compared, in order of execution.
         notes: what a reader should know.
@@ -88,7 +89,8 @@ class Location:
     def conclusion(self) -> str:
         """The place in words, as it is printed."""
         if self.step is None:
-            return f"no place: all {len(self.steps)} values agree, each computed from torch's own"
+            text = f"no place: all {len(self.steps)} values agree, each computed from torch's own"
+            return f"{text}; {self.reason}" if self.reason else text
         step, place = self.step, self.module or "the root module"
         text = f"first differs at {place} ({step.op} node '{step.node}')"
         if step.local_own > 0:

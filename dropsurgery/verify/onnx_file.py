@@ -43,6 +43,7 @@ class OnnxRunner:
     Args:
         path: the file.
         provider: "cpu" or "cuda".
+        level: how far onnxruntime optimises the graph; see `providers.LEVELS`.
 
     Attributes:
         inputs, outputs: the graph's names, in order.
@@ -58,7 +59,7 @@ class OnnxRunner:
         ProviderError: the provider is missing, or did not get all the work.
     """
 
-    def __init__(self, path: Path, provider: str) -> None:
+    def __init__(self, path: Path, provider: str, level: str = providers.LEVELS[-1]) -> None:
         self.path = path
         file = read_onnx(path)
         self.recorded = recorded_names(file, "dropsurgery.outputs")
@@ -66,7 +67,7 @@ class OnnxRunner:
         self.train_norms = train_mode_norms(file.model)
         shapes, real = providers.shape_nodes(file.model.graph), file.real
         del file  # the weights are not held twice while the session reads them
-        self._session = _session(real, provider)
+        self._session = _session(real, provider, level)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.placement = providers.confirm_session(provider, self._session, shapes)
@@ -139,13 +140,13 @@ def recorded_names(file: OnnxFile, key: str) -> list[str] | None:
     return names
 
 
-def _session(path: Path, provider: str) -> Any:
+def _session(path: Path, provider: str, level: str) -> Any:
     import onnxruntime
 
     providers.check(provider)
     try:
         session = onnxruntime.InferenceSession(
-            str(path), providers.session_options(), **providers.session_arguments(provider)
+            str(path), providers.session_options(level), **providers.session_arguments(provider)
         )
     except Exception as error:
         raise VerifyError(

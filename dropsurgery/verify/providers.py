@@ -8,6 +8,8 @@ from typing import Any
 from dropsurgery.errors import ArgumentError, ProviderError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# How far onnxruntime optimises a graph; the last one is its default.
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 _OPTIONS: dict[str, dict[str, str]] = {
     # TF32 keeps 10 bits of the mantissa and is on by default. cuDNN's search for the fastest
     # algorithm ends differently from run to run.
@@ -41,16 +43,20 @@ def session_arguments(provider: str) -> dict[str, Any]:
     return {"providers": chosen}
 
 
-def session_options() -> Any:
+def session_options(level: str = LEVELS[-1]) -> Any:
     """Return the options of a session that tells where its nodes run and computes alike each time.
 
     Its log is silent but for what is fatal: what goes wrong is raised as well.
+
+    Args:
+        level: how far onnxruntime optimises the graph, one of `LEVELS`.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.use_deterministic_compute = True
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
 
