@@ -20,6 +20,7 @@ import dropsurgery as ds
 from dropsurgery import cli_report, inspection, skeleton
 from dropsurgery.cli_options import (
     Batch,
+    ChannelMaps,
     Count,
     Depths,
     Directory,
@@ -249,6 +250,7 @@ def export(
         bool, typer.Option("--slim/--no-slim", help="Take drops out and fold BatchNorm first.")
     ] = True,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's default without.")] = None,
+    channel_maps: ChannelMaps = "conv",
     input_shapes: Inputs = None,
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch at 1; dynamic without.")
@@ -274,9 +276,12 @@ def export(
     with working(f"exporting {model}"):
         loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        done = ds.apply(loaded.module, *SLIM) if slim else None
+        done = ds.apply(loaded.module, *SLIM, example_inputs=inputs) if slim else None
         network = loaded.module if done is None else done.module
-        ds.export_onnx(network, output, inputs, dynamic_batch=not static_batch, opset=opset)
+        ds.export_onnx(
+            network, output, inputs, dynamic_batch=not static_batch, opset=opset,
+            channel_maps=channel_maps,  # type: ignore[arg-type]  # checked there
+        )  # fmt: skip
         counts = onnx_census(output)
     surgered = None if done is None or not done.changes else done.module
     verdict = place = None

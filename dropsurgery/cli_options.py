@@ -114,6 +114,13 @@ Slim = Annotated[
     ),
 ]
 Every = Annotated[bool, typer.Option("--all", help="List each thing left alone, not by reason.")]
+ChannelMaps = Annotated[
+    str,
+    typer.Option(
+        metavar="WAY",
+        help="How shifts that are left between convolutions are written: conv or elementwise.",
+    ),
+]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(

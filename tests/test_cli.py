@@ -599,6 +599,7 @@ def test_hub_models_know_their_input(run: Cli) -> None:
         ("export net.py:Net -o nowhere/net.onnx --input 3x8x8", "folder does not exist"),
         ("export net.py:Net -o . --input 3x8x8", "path is a folder"),
         ("export net.py:Net -o net.onnx --input 3x8x8 --opset 99", "opset"),
+        ("export net.py:Net -o net.onnx --input 3x8x8 --channel-maps bn", "channel_maps"),
         ("verify net.py:Net none.onnx", "none.onnx"),
         ("verify net.py:Net net.py", "net.py"),
         ("verify net.py:Net none.onnx --seeds 0", "greater than or equal to 1"),
