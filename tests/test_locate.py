@@ -167,7 +167,8 @@ def head_bias(model: onnx.ModelProto) -> None:
 
 
 def averaged_axis(model: onnx.ModelProto) -> None:
-    attribute(nodes(model, "Conv")[0], "pads").ints[:] = [0, 0, 2, 2]
+    padded = (n for n in nodes(model, "Conv") if any(a.name == "pads" for a in n.attribute))
+    attribute(next(padded), "pads").ints[:] = [0, 0, 2, 2]
 
 
 DEFECTS: dict[str, tuple[Edit, str]] = {
