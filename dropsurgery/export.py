@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dropsurgery.errors import ArgumentError, ArgumentTypeError, ExportError
+from dropsurgery.graph.plain_lists import with_plain_lists
 from dropsurgery.graph.signature import (
     argument_list,
     first_line,
@@ -272,7 +273,8 @@ def _capture(
     axes = _axes(model, args, dynamic_batch, torch.export.Dim(BATCH))
     try:
         with torch.no_grad():
-            return torch.export.export(model, args, dynamic_shapes=axes, strict=False)
+            whole = with_plain_lists(model)
+            return torch.export.export(whole, args, dynamic_shapes=axes, strict=False)
     except Exception as error:
         where = f"{type(model).__name__} with {shapes(named_inputs(model, args))}"
         if axes is not None and _captures_fixed(model, args):

@@ -657,3 +657,33 @@ def test_ctrl_c_during_an_export_in_a_process_of_its_own(tmp_path: Path) -> None
     assert out.endswith("interrupted\n")
     assert os.listdir(tmp_path) == ["m.onnx"]
     assert target.read_bytes() == b"before"
+
+
+def fitted(window: list[int], size: int) -> list[int]:
+    """Fit a window in place, as torchvision's video Swin does."""
+    if size <= window[0]:
+        window[0] = size
+    return window
+
+
+torch.fx.wrap("fitted")
+
+
+def test_a_function_that_writes_into_its_list(tmp_path: Path) -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            window = fitted([7], x.shape[3])
+            return self.scale(x)[:, :, :, : window[0]] * window[0]
+
+    model, x = Windows().eval(), torch.randn(2, 3, 9, 5)
+    slim = ds.slim(model)
+    path = ds.export_onnx(slim, tmp_path / "m.onnx", x)
+    ds.testing.assert_equivalent(model, path, x)
+    # The nodes still tell their module, and the network has not changed.
+    assert "scale/Conv" in {node.name for node in onnx.load(path).graph.node}
+    assert torch.equal(slim(x), model(x))
+    assert slim(torch.randn(1, 3, 9, 9)).shape[3] == 7

@@ -28,16 +28,17 @@ class PlainArguments(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, none of them one of fx's immutable lists."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _plain(args), _plain(kwargs)
+        return plain(args), plain(kwargs)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return arguments with lists in the place of fx's immutable ones."""
     if isinstance(value, fx.immutable_collections.immutable_list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if type(value) is tuple:
-        return tuple(_plain(item) for item in value)
+        return tuple(plain(item) for item in value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 
