@@ -12,19 +12,24 @@ from the data (as training leaves them), so that activations keep their size. Ea
 seeds of weights and inputs; its figure is the geometric mean over them of the ratio of root-mean-
 square errors, slimmed over original, with its standard error.
 
-    python -m benchmarks.half_precision [--models NAME ...] [--markdown docs/half_precision.md]
+    python -m benchmarks.half_precision [--models NAME ...]
+    python -m benchmarks.half_precision --page      docs/half_precision.md from the results
+
+Each model is written to docs/half_precision.json when it is done; models that stand there are left
+out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import platform
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +47,7 @@ MODELS = {
     "ghostnet_050": 64, "dla34": 64, "convnext_atto": 64,
 }  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16)
+RESULTS = Path("docs/half_precision.json")
 SEEDS = (0, 1, 2)
 WAYS = ("half, then slim", "slim, then half")
 BATCH = 8
@@ -131,21 +137,24 @@ def figures_of(name: str) -> list[Figure]:
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure what is not measured yet, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="NAME")
-    parser.add_argument("--markdown", type=Path, help="also write the page to this file")
+    parser.add_argument("--page", action="store_true", help="write docs/half_precision.md")
     options = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.page:
+        rows = {name: [Figure(**f) for f in found[name]] for name in MODELS if name in found}
+        RESULTS.with_suffix(".md").write_text(page(rows))
+        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found: dict[str, list[Figure]] = {}
     for name in options.models:
-        found[name] = figures_of(name)
-        print(name, *found[name], sep="  ", flush=True)
-    text = page(found)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+        if name not in found:
+            figures = figures_of(name)
+            print(name, *figures, sep="  ", flush=True)
+            found[name] = [asdict(figure) for figure in figures]
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def page(found: dict[str, list[Figure]]) -> str:
@@ -165,12 +174,12 @@ def page(found: dict[str, list[Figure]]) -> str:
     about = (__doc__ or "").partition("    python")[0].split("\n\n", 1)[1].strip()
     return "\n\n".join((
         "# Slimmed networks in half precision",
-        "`python -m benchmarks.half_precision --markdown docs/half_precision.md`. The error of the "
-        f"slimmed network over that of the network as it was, in half precision. {about} "
+        "`python -m benchmarks.half_precision`, then `--page`. The error of the slimmed network "
+        f"over that of the network as it was, in half precision. {about} "
         f"{len(SEEDS)} seeds. torch {torch.__version__}, {platform.machine()}, CPU.",
         "\n".join(lines),
         table(("model", *columns), [(name, *map(str, v)) for name, v in found.items()]),
-    ))  # fmt: skip
+    )) + "\n"  # fmt: skip
 
 
 if __name__ == "__main__":

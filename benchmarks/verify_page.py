@@ -136,6 +136,7 @@ def zoo(document: Document) -> str:
                 for row in found
             ]
             lines += [f"### {title}", "", table(("model", "", "why"), body), ""]
+            lines += [text for row in found for text in (FOUND.get(row["label"]), "") if text]
     return "\n".join(lines).rstrip()
 
 
@@ -144,6 +145,15 @@ def mutants(document: Document) -> str:
     return mutants_page.section(document).split("\n\n", 1)[1].strip()
 
 
+# True defects behind verdicts that a file differs, and the script that shows each.
+FOUND = {
+    "timm:resnetv2_50x1_bit": (
+        "resnetv2_50x1_bit is right as a file, and onnxruntime's optimiser makes it wrong: "
+        "`Pad_Fusion` moves the zeros that its stem pads with into the max pooling behind, which "
+        "pads with -inf. `ds.locate` says so; `python -m benchmarks.found.pad_max_pool` shows it "
+        "with two layers.\n"
+    )
+}
 SECTIONS: tuple[tuple[str, str, str, Callable[[Document], str]], ...] = (
     ("The limits", "verify_gate.json", "python benchmarks/verify_gate.py", calibration),
     ("Mutation score", "mutants.json", "python -m benchmarks.mutants", mutants),
