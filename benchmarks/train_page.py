@@ -224,6 +224,6 @@ def break_even_table(found: dict[str, Any]) -> str:
         "The whole step over the plain network's, with one constant rate on the sites of the first "
         'or the last stage and nowhere else, "subset" forced at every rate; in brackets the ideal '
         "(1 where no sample is left out). `ds.layers.drop_path.BREAK_EVEN` is the rate from which "
-        "on a stage is not slower, for a batch of 64, and the layer raises it for smaller ones."
+        "on a stage is not slower, for a batch of 64."
     )
     return f"{about}\n\n{table(header, rows)}"
