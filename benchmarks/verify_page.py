@@ -53,7 +53,7 @@ def calibration(document: Document) -> str:
             "",
             "Surgery has a budget of its own, float64 against float64. Folding rounds its new "
             f"weights to float32 once; that costs {min(algebra):.2f} to {max(algebra):.2f} of the "
-            "network's own error in float32 (limit: 2). Without new weights the limit is 1e-12."
+            "network's own error in float32 (limit: 5). Without new weights the limit is 1e-12."
             if algebra
             else "",
         ]

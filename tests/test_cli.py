@@ -445,8 +445,8 @@ def test_export_says_when_the_file_is_not_the_network_and_where(
         net.head.bias = torch.nn.Parameter(net.head.bias + 1e-3)
         return net
 
-    def wrong_surgery(model: torch.nn.Module, *passes: Pass) -> Result:
-        result = real(model, *passes)
+    def wrong_surgery(model: torch.nn.Module, *passes: Pass, **options: Any) -> Result:
+        result = real(model, *passes, **options)
         return dataclasses.replace(result, module=bent(result.module))
 
     def wrong_export(net: torch.nn.Module, *args: Any, **options: Any) -> Path:
@@ -591,7 +591,7 @@ def test_hub_models_know_their_input(run: Cli) -> None:
         ("export net.py:Net -o net.onnx", "shape of the input of net.py:Net is not known"),
         ("export net.py:Net -o net.onnx --input 3,8,8", "'3,8,8' is not a shape"),
         ("export net.py:Net -o net.onnx --input 0x8", "'0x8' is not a shape"),
-        ("export net.py:Net -o net.onnx --input 4x8x8", "does not accept the example inputs"),
+        ("export net.py:Net -o net.onnx --input 4x8x8", "example inputs do not fit the network"),
         (
             "export net.py:Net -o net.onnx --input 3x8x8 --input 3",
             "does not accept the example|takes",

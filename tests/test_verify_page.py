@@ -61,7 +61,7 @@ def test_false_alarms_and_limits_are_told(tmp_path: Path) -> None:
     assert "1 false alarms" in text
     assert "| max | 1.50 | 1.50 | 5.0 | 30 % |" in text
     assert "3 of 9 models of the zoo" in text
-    assert "rmse 200 %" in text
+    assert "that an equal file used: rmse 30 %" in text
     assert "### Not equal\n\n| model |  | why |\n| --- | --- | --- |\n| b | differs | rmse" in text
     assert "| c | not exported | no operator |" in text
 
