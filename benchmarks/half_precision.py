@@ -176,7 +176,8 @@ def page(found: dict[str, list[Figure]]) -> str:
         "# Slimmed networks in half precision",
         "`python -m benchmarks.half_precision`, then `--page`. The error of the slimmed network "
         f"over that of the network as it was, in half precision. {about} "
-        f"{len(SEEDS)} seeds. torch {torch.__version__}, {platform.machine()}, CPU.",
+        f"{len(SEEDS)} seeds; {len(found)} of {len(MODELS)} networks are measured. "
+        f"torch {torch.__version__}, {platform.machine()}, CPU.",
         "\n".join(lines),
         table(("model", *columns), [(name, *map(str, v)) for name, v in found.items()]),
     )) + "\n"  # fmt: skip
