@@ -120,7 +120,7 @@ def name_nodes(ir_model: Any) -> None:
     taken: set[str] = set()
     for node in ir_model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-        path = module_of(node)
+        path = _path(node)
         stem = f"{path}/{node.op_type}" if path else node.op_type
         name, count = stem, 1
         while name in taken:
@@ -175,10 +175,10 @@ def _draws_at_run_time(node: Any, places: Collection[str]) -> bool:
     """
     alike = node.op_type in ("RandomUniformLike", "RandomNormalLike")
     given = [value for value in node.inputs if value is not None and value.const_value is None]
-    return alike and module_of(node) in places and bool(given)
+    return alike and _path(node) in places and bool(given)
 
 
-def module_of(node: Any) -> str:
+def _path(node: Any) -> str:
     """Return the path of the module that holds a node, as the exporter wrote it down."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     path = json.loads(scopes.replace("'", '"'))[:-1] if scopes else []

@@ -44,7 +44,7 @@ def test_error_is_no_worse_than_unfolded_in_single_precision() -> None:
 
 @pytest.mark.parametrize("block", [1, 50, 10**6])
 def test_blocks_of_the_weight_are_put_together(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(weighted, "_BLOCK", block)
+    monkeypatch.setattr(weighted, "BLOCK", block)
     for layer in (
         nn.Conv2d(4, 6, 3, groups=2),
         nn.ConvTranspose2d(4, 6, 3, groups=2),

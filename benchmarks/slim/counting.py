@@ -35,6 +35,7 @@ def network(entry: Entry, *, signs: bool = False) -> tuple[nn.Module, Tensor]:
     Raises:
         TooLarge: it has as many parameters as the sweep leaves out.
     """
+    # Models that read their weights while they are built fail on "meta", and count as small.
     with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
         sketch = catalogue.build(entry, native=False)
         if sum(p.numel() for p in sketch.parameters()) >= catalogue.META_ONLY:  # type: ignore

@@ -21,12 +21,9 @@ from torch.nn.utils import parametrize
 from dropsurgery.graph.affine import Affine, Refused, argument
 from dropsurgery.graph.leaves import forward_owner, has_hooks
 from dropsurgery.graph.uses import Uses
-from dropsurgery.graph.weighted import Weighted
+from dropsurgery.graph.weighted import BLOCK, FLOATS, Weighted
 
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _EMBEDDING, _BAG = (f"torch.nn.modules.sparse.{name}" for name in ("Embedding", "EmbeddingBag"))
-# Entries that are computed at a time: 2 MiB in float64.
-_BLOCK = 2**18
 PRODUCTS = frozenset({torch.matmul, torch.mm, operator.matmul, "matmul", "mm"})
 
 
@@ -57,7 +54,7 @@ class Table(Weighted):
         scale, shift = (
             self._spread(values, source.ndim) for values in (affine.scale, affine.shift)
         )
-        rows = max(1, _BLOCK // max(1, source[0].numel()))
+        rows = max(1, BLOCK // max(1, source[0].numel()))
         for start in range(0, len(source), rows):
             part = slice(start, start + rows)
             along = part if self.axis == 0 else slice(None)
@@ -151,7 +148,7 @@ def _values(root: nn.Module, node: fx.Node) -> Tensor:
 
 
 def _usable(value: Any, label: str) -> Tensor:
-    if type(value) not in (nn.Parameter, Tensor) or value.dtype not in _FLOATS:
+    if type(value) not in (nn.Parameter, Tensor) or value.dtype not in FLOATS:
         raise Refused(f"{label} does not hold floating-point values")
     if value.is_meta or not value.numel():
         raise Refused(f"{label} has no values")

@@ -21,9 +21,9 @@ from dropsurgery.graph.leaves import forward_owner, has_hooks
 from dropsurgery.graph.rounding import round_rows
 
 # What torch computes convolutions in; anything else (quantised, complex) is left alone.
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 # Entries that are multiplied at a time: 2 MiB in float64.
-_BLOCK = 2**18
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Weighted:
         """Yield small pieces of tensors whose leading axes are (groups, out/groups or 1)."""
         groups, rows = parts[0].shape[:2]
         size = max(1, parts[0][0, 0].numel())  # of one row
-        some_groups, some_rows = max(1, _BLOCK // (rows * size)), max(1, _BLOCK // size)
+        some_groups, some_rows = max(1, BLOCK // (rows * size)), max(1, BLOCK // size)
         for group in range(0, groups, some_groups):
             chosen = [part[group : group + some_groups] for part in parts]
             for row in range(0, rows, some_rows):
@@ -203,7 +203,7 @@ def read_weighted(root: nn.Module, node: fx.Node, called: nn.Module | None) -> W
     if found is None:
         return None
     dtypes = {t.dtype for t in found.tensors}
-    if len(dtypes) > 1 or dtypes.isdisjoint(_DTYPES):
+    if len(dtypes) > 1 or dtypes.isdisjoint(FLOATS):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise Refused(f"{found.label} has parameters of {names}")
     if found.weight.ndim != (found.spatial or 0) + 2:

@@ -111,7 +111,7 @@ def search(
             raise
         found = None  # after these passes the network takes other inputs than before
     if middle is None or found is None:
-        return of.excused(reference, cases, *_first(reference, of, cases, progress))
+        return _excused(reference, of, cases, *_first(reference, of, cases, progress))
     location, pieces = found
     if location.found:
         return _noted(location, "compared with the network after its surgery"), pieces
@@ -120,7 +120,7 @@ def search(
     before, _ = _first(reference, _Module(middle), cases, progress)
     if before.found:  # no nodes of the file show it
         return _noted(before, "the file is what the network is after its surgery"), None
-    return of.excused(middle, cases, location, None)
+    return _excused(middle, of, cases, location, None)
 
 
 def _noted(location: Location, note: str) -> Location:
@@ -151,19 +151,6 @@ class _File:
         """Yield the values of both sides."""
         yield Pieces(recording, self.graph, case, known)
 
-    def excused(
-        self,
-        reference: nn.Module,
-        cases: Sequence[Case],
-        location: Location,
-        pieces: Pieces | None,
-    ) -> tuple[Location, Pieces | None]:
-        """Return a place, or that there is none since it is onnxruntime's optimiser that errs."""
-        if not location.found:
-            reason = blame(reference, self.path, self.provider, cases)
-            location = dataclasses.replace(location, reason=reason)
-        return location, pieces
-
 
 class _Module:
     """A module that is searched.
@@ -179,16 +166,6 @@ class _Module:
     def cases(self, reference: nn.Module, inputs: Any, **options: Any) -> Iterator[Case]:
         """Yield what `verify` compares."""
         return comparison_cases(reference, self.module, inputs, **options)
-
-    def excused(
-        self,
-        reference: nn.Module,
-        cases: Sequence[Case],
-        location: Location,
-        pieces: Pieces | None,
-    ) -> tuple[Location, Pieces | None]:
-        """Return them: a module runs as it is."""
-        return location, pieces
 
     def pieces(
         self, reference: nn.Module, recording: Recording, case: Case, known: KnownPairs
@@ -228,6 +205,20 @@ def _first(
             location = place if location is None else location
     assert location is not None  # the first case is not optional
     return location, None
+
+
+def _excused(
+    reference: nn.Module,
+    of: _File | _Module,
+    cases: Sequence[Case],
+    location: Location,
+    pieces: Pieces | None,
+) -> tuple[Location, Pieces | None]:
+    """Return a place, or that a file has none since it is onnxruntime's optimiser that errs."""
+    if not location.found and isinstance(of, _File):
+        reason = blame(reference, of.path, of.provider, cases)
+        location = dataclasses.replace(location, reason=reason)
+    return location, pieces
 
 
 def _tensors(case: Case) -> list[Tensor]:

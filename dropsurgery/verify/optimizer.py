@@ -30,7 +30,8 @@ def blame(reference: nn.Module, path: Path, provider: str, cases: Sequence[Case]
 
     if is_right(LEVELS[-1]) or not is_right(LEVELS[0]):
         return ""
-    first = next(level for level in LEVELS[1:] if not is_right(level))
+    between = (level for level in LEVELS[1:-1] if not is_right(level))
+    first = next(between, LEVELS[-1])
     import onnxruntime
 
     return (
