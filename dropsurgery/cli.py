@@ -65,7 +65,7 @@ from dropsurgery.cli_output import (
 )
 from dropsurgery.errors import DropsurgeryError
 from dropsurgery.report import onnx_census, write_whole
-from dropsurgery.surgery import SLIM
+from dropsurgery.surgery import slimmed
 
 app = typer.Typer(
     help="Put stochastic depth into a network, take it out again, export it, prove it equal.\n\n"
@@ -228,7 +228,7 @@ def slim(
     cli_report.checked(report)
     with working(f"slimming {model}"):
         loaded = load_network(model, weights, model_arg, surgery)
-        result = ds.apply(loaded.module, *SLIM)
+        result = slimmed(loaded.module)
         if output is not None:
             ds.save(result.module, output)
         if report is not None:
@@ -276,7 +276,7 @@ def export(
     with working(f"exporting {model}"):
         loaded = load_network(model, weights, model_arg, surgery)
         inputs = example_inputs(loaded, input_shapes)
-        done = ds.apply(loaded.module, *SLIM, example_inputs=inputs) if slim else None
+        done = slimmed(loaded.module, example_inputs=inputs) if slim else None
         network = loaded.module if done is None else done.module
         ds.export_onnx(
             network, output, inputs, dynamic_batch=not static_batch, opset=opset,

@@ -42,7 +42,7 @@ from dropsurgery.page.measure import (
 from dropsurgery.passes.base import Result
 from dropsurgery.passes.drop_path import InsertDropPath
 from dropsurgery.provenance import RecordCheck
-from dropsurgery.surgery import SLIM
+from dropsurgery.surgery import slimmed
 from dropsurgery.verify import Verdict
 from dropsurgery.verify.given import given_cases
 from dropsurgery.verify.location import Location
@@ -134,7 +134,7 @@ def _of_network(
     loaded: LoadedModel, chosen: InsertDropPath, inputs: Sequence[Tensor] | None
 ) -> Story:
     found = inspection.inspect(loaded.name, loaded.module, chosen, inputs)
-    slim = ds.apply(loaded.module, *SLIM)
+    slim = slimmed(loaded.module)
     story = of_slim(loaded, slim, inputs, "report")
     cost = None
     if inputs is not None and found.sites and not found.refused:

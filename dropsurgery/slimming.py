@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from dropsurgery.compute import flops_by_node
-from dropsurgery.graph.affine import is_norm
-from dropsurgery.graph.module import Skip, called_module, module_path
+from dropsurgery.graph.affine import norm_nodes
+from dropsurgery.graph.module import Skip, module_path
 from dropsurgery.graph.shapes import PlainArguments, with_fake_buffers
 from dropsurgery.graph.trace import arguments
 from dropsurgery.passes.base import apply
 from dropsurgery.passes.inference import KeepEval
 from dropsurgery.report import skips_text
-from dropsurgery.surgery import SLIM
+from dropsurgery.surgery import slimmed
 from dropsurgery.tables import render
 
 
@@ -121,10 +121,10 @@ def slim_report(model: nn.Module, example_inputs: Any) -> SlimReport:
         TraceError: the network cannot be turned into a graph, or the inputs do not fit it.
     """
     before = apply(model, KeepEval(), example_inputs=example_inputs).module
-    result = apply(model, *SLIM, example_inputs=example_inputs)
+    result = slimmed(model, example_inputs=example_inputs)
     reasons = {skip.node: skip for skip in result.skipped}
     left = []
-    for node in _norms(result.module):
+    for node in norm_nodes(result.module):
         skip = reasons.get(node.name)
         left.append(skip or Skip(module_path(node), node.name, "no pass says why"))
     counts = Counter(change.by for change in result.changes)
@@ -136,10 +136,6 @@ def slim_report(model: nn.Module, example_inputs: Any) -> SlimReport:
     )
 
 
-def _norms(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if is_norm(node, called_module(module, node))]
-
-
 def _size(module: fx.GraphModule, inputs: Sequence[Any]) -> Size:
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -149,7 +145,7 @@ def _size(module: fx.GraphModule, inputs: Sequence[Any]) -> Size:
         meter.run(*fake)
     return Size(
         nodes=sum(node.op.startswith("call_") for node in module.graph.nodes),
-        batch_norms=len(_norms(module)),
+        batch_norms=len(norm_nodes(module)),
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         flops=sum(flops_by_node(module, module.graph, inputs).values()),
         traffic=meter.total,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import fx, nn
 
 from dropsurgery import survival
+from dropsurgery.errors import ArgumentError
+from dropsurgery.graph.affine import norm_nodes
+from dropsurgery.graph.module import Skip, module_path
+from dropsurgery.half_precision import error_growth, half_dtype
 from dropsurgery.layers.drop_path import Mode
 from dropsurgery.passes.bake_parametrizations import BakeParametrizations
-from dropsurgery.passes.base import Pass, apply
+from dropsurgery.passes.base import Pass, Result, apply
 from dropsurgery.passes.drop_path import InsertDropPath, Unit, Where
 from dropsurgery.passes.dropout import ConvertDropout
 from dropsurgery.passes.fold_affine import FoldAffine
@@ -21,6 +26,8 @@ from dropsurgery.passes.remove_no_ops import RemoveNoOps
 
 logger = logging.getLogger("dropsurgery")
 
+
+HalfPrecision = Literal["no worse", "fold"]
 
 # What `slim` is made of; `apply(model, *SLIM)` also tells what was done.
 SLIM: tuple[Pass, ...] = (
@@ -91,7 +98,12 @@ def retrofit(
     return result.module
 
 
-def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
+def slim(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    half_precision: HalfPrecision = "no worse",
+) -> fx.GraphModule:
     """Return the inference graph of a network: drops gone, branches merged, BatchNorms folded.
 
     What is done, in this order: computed weights become parameters (`BakeParametrizations`), drops
@@ -105,12 +117,62 @@ def slim(model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     a second time.) Parameters that no fold rewrites are shared with `model`, which is not changed.
     Submodules that the eval graph does not use (auxiliary heads) are left out.
 
+    A network in half precision is best slimmed before it is converted: its error is then smaller
+    than that of the network itself converted. One that comes in float16 or bfloat16 has exact
+    BatchNorms, and folded weights and biases that are rounded; where a bias is wrong by the same
+    at every position, no pooling averages it away. With example inputs, both networks are run on
+    them and on slight variations, beside the network in float64; where the slimmed one errs more
+    (by 2 % and by two standard errors), nothing is folded.
+
     Args:
         model: any `nn.Module`, or a GraphModule that dropsurgery returned.
         example_inputs: positional inputs; where given, shapes are known and more can be folded
             (which axis holds the channels behind a linear layer, a reshape or a concatenation).
+        half_precision: for a network with float16 or bfloat16 parameters: "no worse" refuses to
+            fold where that makes the error on the example inputs larger, "fold" folds all the
+            same. Without example inputs nothing is measured.
 
     Raises:
+        ArgumentError: another `half_precision`.
         TraceError: the network cannot be turned into a graph.
     """
-    return apply(model, *SLIM, example_inputs=example_inputs).module
+    return slimmed(model, example_inputs=example_inputs, half_precision=half_precision).module
+
+
+def slimmed(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    half_precision: HalfPrecision = "no worse",
+) -> Result:
+    """Do what `slim` does, and tell what was done."""
+    choices = get_args(HalfPrecision)
+    if half_precision not in choices:
+        raise ArgumentError(
+            f"half_precision is {half_precision!r}", fix=" or ".join(map(repr, choices))
+        )
+    result = apply(model, *SLIM, example_inputs=example_inputs)
+    dtype = half_dtype(result.module)
+    if dtype is None or example_inputs is None or half_precision == "fold":
+        return result
+    refused: list[type[Pass]] = []
+    told = 1.0
+    for kind in (FoldAffine, MergeLinearBranches):
+        growth = error_growth(model, result.module, example_inputs)
+        if not growth.is_worse:
+            break
+        told = max(told, growth.ratio)
+        refused.append(kind)
+        kept = [item for item in SLIM if type(item) not in refused]
+        result = apply(model, *kept, example_inputs=example_inputs)
+    if not refused:
+        return result
+    reason = (
+        f"folded, the network errs {told:.2f} times as much in {dtype} on the example inputs: slim "
+        "it in float32 and convert the result, or pass half_precision='fold'"
+    )
+    names = ", ".join(kind.__name__ for kind in refused)
+    left = norm_nodes(result.module)
+    places = [(module_path(node), node.name) for node in left] or [("", "")]
+    skips = [Skip(*place, reason, names) for place in places]
+    return dataclasses.replace(result, skipped=(*result.skipped, *skips))

@@ -22,7 +22,7 @@ import torch
 import dropsurgery as ds
 from dropsurgery import cli, inspection
 from dropsurgery.models import load_model
-from dropsurgery.passes.base import Pass, Result
+from dropsurgery.passes.base import Result
 
 NETWORK = '''
 import os, time, torch
@@ -438,22 +438,22 @@ def test_export_options(run: Cli) -> None:
 def test_export_says_when_the_file_is_not_the_network_and_where(
     run: Cli, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    real, export = ds.apply, ds.export_onnx
+    real, export = cli.slimmed, ds.export_onnx
 
     def bent(net: torch.nn.Module) -> torch.nn.Module:
         net = copy.deepcopy(net)
         net.head.bias = torch.nn.Parameter(net.head.bias + 1e-3)
         return net
 
-    def wrong_surgery(model: torch.nn.Module, *passes: Pass, **options: Any) -> Result:
-        result = real(model, *passes, **options)
+    def wrong_surgery(model: torch.nn.Module, **options: Any) -> Result:
+        result = real(model, **options)
         return dataclasses.replace(result, module=bent(result.module))
 
     def wrong_export(net: torch.nn.Module, *args: Any, **options: Any) -> Path:
         return export(bent(net), *args, **options)
 
     if broken == "surgery":
-        monkeypatch.setattr(ds, "apply", wrong_surgery)
+        monkeypatch.setattr(cli, "slimmed", wrong_surgery)
     else:
         monkeypatch.setattr(ds, "export_onnx", wrong_export)
     words = ("export", "net.py:Net", "-o", "net.onnx", "--input", "3x8x8")

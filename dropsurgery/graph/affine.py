@@ -24,6 +24,7 @@ from dropsurgery.graph.leaves import (
     forward_owner,
     has_hooks,
 )
+from dropsurgery.graph.module import called_module
 from dropsurgery.layers import FollowTraining
 
 
@@ -150,6 +151,11 @@ def is_norm(node: fx.Node, called: nn.Module | None) -> bool:
     if called is None:
         return False
     return isinstance(called, batchnorm._BatchNorm) or forward_owner(called) in _NORM_FORWARDS
+
+
+def norm_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes of a graph that are BatchNorms."""
+    return [node for node in module.graph.nodes if is_norm(node, called_module(module, node))]
 
 
 def norm_ranks(module: nn.Module) -> tuple[int, ...] | None:
