@@ -243,6 +243,7 @@ def kept_bytes(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> int:
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
+        x = x.detach()  # or an output that its own node keeps would never be let go
         if x.untyped_storage().data_ptr() not in own:
             kept[x.untyped_storage().data_ptr()] = x
         return x
@@ -278,6 +279,7 @@ class Saved(fx.Interpreter):
         """Run a node and count what autograd keeps of it."""
 
         def pack(x: Tensor) -> Tensor:
+            x = x.detach()  # see `kept_bytes`
             pointer = x.untyped_storage().data_ptr()
             if pointer not in self.seen:
                 self.seen.add(pointer)
