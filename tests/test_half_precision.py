@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dropsurgery as ds
+from dropsurgery import surgery
 from dropsurgery.errors import ArgumentError
 from dropsurgery.half_precision import Growth, error_growth
 from dropsurgery.surgery import slimmed
@@ -201,6 +202,59 @@ def test_whatever_a_forward_raises_slim_goes_on(kind: type[Exception]) -> None:
 def test_inputs_without_values_are_not_measured() -> None:
     model, x = pooled(torch.float16)
     assert norms(ds.slim(model, example_inputs=FakeTensorMode().from_tensor(x))) == 0
+
+
+def test_where_nothing_was_folded_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> Growth:
+        raise AssertionError
+
+    monkeypatch.setattr(surgery, "error_growth", fail)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU()).half()
+    result = slimmed(model, example_inputs=torch.randn(2, 4).half())
+    assert {change.by for change in result.changes} == {"ConvertDropout"}
+
+
+def test_what_could_not_be_folded_anyway_keeps_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, _ = pooled(torch.float16)
+            self.more = nn.BatchNorm2d(4, track_running_stats=False).half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).sum(1) + self.more(x).sum((1, 2, 3), keepdim=True)[..., 0]
+
+    model, x = Net().eval(), pooled(torch.float16)[1]
+    monkeypatch.setattr(surgery, "error_growth", lambda *_: Growth(1.5))
+    result = slimmed(model, example_inputs=x)
+    told = {skip.node: skip.reason for skip in result.skipped if skip.by == "FoldAffine"}
+    assert "errs 1.50 times as much" in told["inner_bn"]
+    assert "statistics" in told["more"]
+    assert "times as much" not in told["more"]
+
+
+def test_branches_that_are_not_merged_are_not_folded_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, _ = pooled(torch.float16)
+            self.b, _ = pooled(torch.float16)
+            self.a.pool = self.b.pool = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    monkeypatch.setattr(surgery, "error_growth", lambda *_: Growth(math.inf))
+    model, x = Net().eval(), pooled(torch.float16)[1]
+    assert norms(ds.slim(model)) == 0
+    result = slimmed(model, example_inputs=x)
+    assert norms(result.module) == 2
+    left = [skip for skip in result.skipped if "the network overflows in" in skip.reason]
+    assert {skip.by for skip in left} == {"FoldAffine, MergeLinearBranches"}
 
 
 def test_worse_is_beyond_what_chance_does() -> None:
