@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dropsurgery.errors import DropsurgeryError
 from dropsurgery.graph.trace import as_tuple
 from dropsurgery.verify.cases import Case
 from dropsurgery.verify.run import ModuleRunner
@@ -21,6 +21,7 @@ from dropsurgery.verify.run import ModuleRunner
 logger = logging.getLogger("dropsurgery")
 
 HALF = frozenset({torch.float16, torch.bfloat16})
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a forward takes by position and by name
 # A network errs by chance: on one batch the ratio of two errors may be off by a half. The same
 # inputs a little varied are rounded anew, and the mean over some of them tells more.
 _RUNS = 8
@@ -52,8 +53,8 @@ class Growth:
     @classmethod
     def of(cls, ratios: list[float]) -> Growth:
         """Return what several runs tell."""
-        if math.nan in ratios or math.inf in ratios:
-            return cls(math.nan if math.nan in ratios else math.inf)
+        if not all(map(math.isfinite, ratios)):
+            return cls(math.nan if any(map(math.isnan, ratios)) else math.inf)
         logs = [math.log(ratio) for ratio in ratios]
         spread = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
         return cls(math.exp(statistics.fmean(logs)), spread)
@@ -74,28 +75,30 @@ def error_growth(before: nn.Module, after: nn.Module, example_inputs: Any) -> Gr
     Args:
         before: the network as it was.
         after: what surgery made of it.
-        example_inputs: a tensor, or positional inputs; on the networks' device.
+        example_inputs: a tensor, a sequence of positional inputs or a mapping of inputs by name.
 
     Returns:
-        The growth. Its ratio is NaN where a network cannot run in its own dtype on this device,
+        The growth. Its ratio is NaN where a network cannot be run, in its own dtype or in float64,
         draws random numbers or has no weights, and where `before` overflows or makes no error.
     """
-    given = as_tuple(example_inputs)
+    by_name = isinstance(example_inputs, Mapping)
+    given: Call = ((), dict(example_inputs)) if by_name else (as_tuple(example_inputs), {})
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(given)):
         return Growth(math.nan)
-    varied = partial(_varied, generator=torch.Generator().manual_seed(0))
+    varied = partial(_varied, generator=torch.Generator("cpu").manual_seed(0))
     ratios: list[float] = []
     try:
         reference, candidate = ModuleRunner(before, "reference"), ModuleRunner(after, "candidate")
         for run in range(_RUNS):
-            inputs = pytree.tree_map(varied, given) if run else given
-            ratios.append(_ratio(reference, candidate, inputs))
+            args, kwargs = pytree.tree_map(varied, given) if run else given
+            case = Case("the example inputs", args, kwargs)
+            ratios.append(_ratio(reference, candidate, case))
             growth = Growth.of(ratios)
             if not math.isfinite(growth.ratio):
                 break
             if run + 1 >= _FEWEST and abs(math.log(growth.ratio)) >= _CLEAR * growth.spread:
                 break
-    except (DropsurgeryError, RuntimeError) as error:
+    except Exception as error:  # a forward may raise anything, and surgery does not need the figure
         logger.info("the error in half precision was not measured: %s", error)
         return Growth(math.nan)
     return growth
@@ -105,13 +108,12 @@ def _varied(leaf: Any, generator: torch.Generator) -> Any:
     """Return a tensor of real numbers with each of them moved by some per cent."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
-    noise = torch.randn(leaf.shape, generator=generator).to(leaf.device)
+    noise = torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf.device)
     return (leaf * (1.0 + _VARIATION * noise)).to(leaf.dtype)
 
 
-def _ratio(reference: ModuleRunner, candidate: ModuleRunner, inputs: tuple[Any, ...]) -> float:
+def _ratio(reference: ModuleRunner, candidate: ModuleRunner, case: Case) -> float:
     """Return the candidate's error over the reference's own, on one batch."""
-    case = Case("the example inputs", inputs, {})
     expected = reference.float64(case)
     own, new = (_error(runner(case), expected) for runner in (reference, candidate))
     if not math.isfinite(own) or own == 0.0:

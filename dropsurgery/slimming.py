@@ -114,8 +114,9 @@ def slim_report(model: nn.Module, example_inputs: Any) -> SlimReport:
 
     Args:
         model: any `nn.Module`, or a GraphModule that dropsurgery returned. It is not changed.
-        example_inputs: positional inputs, on the network's device. They are not computed with;
-            FLOPs and memory traffic are for their sizes.
+        example_inputs: positional inputs, on the network's device. FLOPs and memory traffic are
+            for their sizes; their values matter to a network in half precision alone, which `slim`
+            runs on them.
 
     Raises:
         TraceError: the network cannot be turned into a graph, or the inputs do not fit it.

@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dropsurgery as ds
+from dropsurgery import surgery
 from dropsurgery.errors import ArgumentError
 from dropsurgery.half_precision import Growth, error_growth
 from dropsurgery.surgery import slimmed
@@ -87,8 +89,10 @@ def test_the_network_and_its_state_stay_as_they_are() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner, _ = pooled(torch.float16)
+            self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
             return self.inner(x)
 
     model = Counting().train()
@@ -162,12 +166,104 @@ def test_what_overflows_only_after_surgery_is_infinite() -> None:
     assert nan(error_growth(Power(10), Power(1), x))
 
 
+def test_inputs_may_be_named() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, _ = pooled(torch.float16)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return self.inner(x) * scale
+
+    model, x = Named().eval(), pooled(torch.float16)[1]
+    inputs = {"scale": torch.ones(1).half(), "x": x}
+    assert norms(ds.slim(model, example_inputs=inputs)) == 1
+    assert error_growth(model, ds.slim(model), inputs).is_worse
+
+
+@pytest.mark.parametrize("kind", [TypeError, AssertionError, KeyError])
+def test_whatever_a_forward_raises_slim_goes_on(kind: type[Exception]) -> None:
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, _ = pooled(torch.float16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise kind("half precision alone")
+            return self.inner(x)
+
+    model, x = Strict().eval(), pooled(torch.float16)[1]
+    slim = ds.slim(model, example_inputs=x)
+    assert norms(slim) == 0
+    assert nan(error_growth(model, slim, x))
+
+
+def test_inputs_without_values_are_not_measured() -> None:
+    model, x = pooled(torch.float16)
+    assert norms(ds.slim(model, example_inputs=FakeTensorMode().from_tensor(x))) == 0
+
+
+def test_where_nothing_was_folded_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> Growth:
+        raise AssertionError
+
+    monkeypatch.setattr(surgery, "error_growth", fail)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU()).half()
+    result = slimmed(model, example_inputs=torch.randn(2, 4).half())
+    assert {change.by for change in result.changes} == {"ConvertDropout"}
+
+
+def test_what_could_not_be_folded_anyway_keeps_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, _ = pooled(torch.float16)
+            self.more = nn.BatchNorm2d(4, track_running_stats=False).half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).sum(1) + self.more(x).sum((1, 2, 3), keepdim=True)[..., 0]
+
+    model, x = Net().eval(), pooled(torch.float16)[1]
+    monkeypatch.setattr(surgery, "error_growth", lambda *_: Growth(1.5))
+    result = slimmed(model, example_inputs=x)
+    told = {skip.node: skip.reason for skip in result.skipped if skip.by == "FoldAffine"}
+    assert "errs 1.50 times as much" in told["inner_bn"]
+    assert "statistics" in told["more"]
+    assert "times as much" not in told["more"]
+
+
+def test_branches_that_are_not_merged_are_not_folded_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, _ = pooled(torch.float16)
+            self.b, _ = pooled(torch.float16)
+            self.a.pool = self.b.pool = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    monkeypatch.setattr(surgery, "error_growth", lambda *_: Growth(math.inf))
+    model, x = Net().eval(), pooled(torch.float16)[1]
+    assert norms(ds.slim(model)) == 0
+    result = slimmed(model, example_inputs=x)
+    assert norms(result.module) == 2
+    left = [skip for skip in result.skipped if "the network overflows in" in skip.reason]
+    assert {skip.by for skip in left} == {"FoldAffine, MergeLinearBranches"}
+
+
 def test_worse_is_beyond_what_chance_does() -> None:
     assert Growth.of([1.1, 1.12, 1.08]).is_worse
     assert not Growth.of([1.9, 0.7, 1.1]).is_worse  # 1.14 on average, and no two alike
     assert not Growth.of([1.01, 1.01, 1.01]).is_worse
     assert not Growth.of([1.5]).is_worse
     assert Growth.of([1.0, math.inf]).is_worse
+    assert nan(Growth.of([math.inf, float("nan")]))
     assert not Growth.of([0.5, 0.5]).is_worse
 
 
