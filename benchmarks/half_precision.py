@@ -85,9 +85,12 @@ def calibrated(name: str, size: int, seed: int) -> nn.Module:
 
 def _vary(parameter: nn.Parameter) -> None:
     """Give a parameter that starts at one value different ones, as training does."""
+    start = float(parameter.detach().flatten()[0])
     with torch.no_grad():
-        if bool((parameter == 0).all()):
+        if start == 0.0:
             nn.init.normal_(parameter, std=0.02)
+        elif abs(start) < 1e-2:  # a layer scale, whose branch does not count yet
+            nn.init.uniform_(parameter, 0.1, 0.5)
         else:
             parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
 
