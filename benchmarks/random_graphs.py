@@ -77,10 +77,7 @@ def main() -> None:
     line = f"{counts}; largest relative float64 error {largest[0]:.1e}"
     print(line)
     if options.output is not None:
-        command = (
-            f"python -m benchmarks.random_graphs --count {options.count} --seed {options.seed}"
-        )
-        options.output.write_text(PAGE.format(command=command, line=line, torch=torch.__version__))
+        options.output.write_text(PAGE.format(**vars(options), line=line, torch=torch.__version__))
 
 
 if __name__ == "__main__":
