@@ -116,11 +116,12 @@ def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     done = _done(rows)
     sample = catalogue.sample()
     family = [row for row in done if row["source"] == "timm" and row["name"] in sample]
-    runs = [row[kind] for row in done for kind in ("slim", "signs") if kind in row]
-    errors = [run["error"] for run in runs]
+    runs = [(row["name"], row[kind]) for row in done for kind in ("slim", "signs") if kind in row]
+    errors = [run["error"] for _, run in runs]
     worst = max(errors, default=0.0)
-    magnified = [run for run in runs if run["error"] > EXACT]
-    beyond = sum(run["error"] > RELATIVE * run["own"] for run in magnified)
+    magnified = [(name, run) for name, run in runs if run["error"] > EXACT]
+    beyond = sum(run["error"] > RELATIVE * run["own"] for _, run in magnified)
+    named = "; ".join(f"{n} {run['error']:.1e} by {run['own']:.1e}" for n, run in magnified)
     return [
         ("models slimmed", "all that trace", f"{len(done)} of {len(_run(rows))}"),
         (
@@ -131,7 +132,8 @@ def _summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         (
             f"… or at most {RELATIVE:g} times what rounding the inputs does to the original",
             "",
-            f"{len(magnified) - beyond} of the other {len(magnified)}",
+            f"{len(magnified) - beyond} of the other {len(magnified)}"
+            + (f" ({named})" if named else ""),
         ),
         ("BatchNorms gone, the smallest model of every timm family", "95 %", _share(family)),
         ("the same with negative gains", "", _share(family, "signs")),
