@@ -31,7 +31,7 @@ ABOUT = """\
 time of a whole training step (forward, backward, SGD) over that of the plain network's steps right
 before and after it: the median of {rounds} rounds. *ideal* is the share of the forward's operations
 that is run in expectation (`ds.expected_compute`); *over ideal* divides by it (for "batch", whose
-cost is random, by that of the branches that were really run, and takes the mean). *Ideal by time*
+cost is random, each step by that of the branches that it really ran). *Ideal by time*
 weighs the branches of each stage by the time that they were measured to take, in the same rounds,
 in place of their operations: [below](#operations-and-time). The paper's linear rule; subset with
 its default break-even. {about}; glibc is told to keep freed memory (`MALLOC_TRIM_THRESHOLD_`), or

@@ -207,14 +207,13 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
         }
         if key not in runs:
             continue
-        # The cost of "batch" is random: each step against the ideal of what it drew.
-        middle = statistics.fmean if key.startswith("batch") else statistics.median
         expected = {site.path: site.run for site in bench.computes[key].sites}
         entry["ideal"] = bench.ideal(key, expected)
         entry["ideal by time"] = bench.ideal_by_time(key, expected, shares)
+        # The cost of "batch" is random: each step against the ideal of what it drew.
         drawn = list(zip(own, runs[key], strict=True))
-        entry["against ideal"] = middle([r / bench.ideal(key, run) for r, run in drawn])
-        entry["against ideal by time"] = middle(
+        entry["against ideal"] = statistics.median([r / bench.ideal(key, run) for r, run in drawn])
+        entry["against ideal by time"] = statistics.median(
             [r / bench.ideal_by_time(key, run, shares) for r, run in drawn]
         )
     return result
