@@ -70,6 +70,7 @@ KEEP_FREED = {
 }
 # Whose contenders need more than 20 GiB together, where each keeps its memory.
 TIGHT = ("resnet50:128", "convnext_tiny:128", "swin_tiny:128")
+WARM_UP = 3
 # So many steps share the plain ones before and after them.
 TOGETHER = 3
 # At these batch sizes both rates are measured, at the others p_L = 0.5 alone.
@@ -177,7 +178,8 @@ class Bench:
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return the ratios of every mode and rate of one network and batch size."""
     bench = Bench(name, batch)
-    bench.round()  # the first steps allocate
+    for _ in range(WARM_UP):  # until the heap has what the largest draws need
+        bench.round()
     ratios: dict[str, list[float]] = {}
     runs: dict[str, list[dict[str, float]]] = {key: [] for key in bench.computes}
     plain: list[float] = []
