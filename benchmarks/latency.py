@@ -115,7 +115,7 @@ def session(content: bytes, x: Tensor) -> Callable[[], object]:
 
 def measure(name: str, batch: int, seconds: float, compiled: bool) -> dict[str, Any]:
     """Return the median seconds of each contender, and ours over the best peer by kind."""
-    model, _ = calibrated(name, MODELS[name], 0)
+    model = calibrated(name, MODELS[name], 0)
     x = torch.randn(batch, 3, MODELS[name], MODELS[name])
     with torch.no_grad():
         runs = contenders(model, x, compiled)
