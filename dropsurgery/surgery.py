@@ -183,14 +183,17 @@ def slimmed(
         f"folded, the network {what} in {dtype} on the example inputs: slim it in float32 and "
         "convert the result, or pass half_precision='fold'"
     )
-    # What FoldAffine would have left alone anyway keeps the reason that it gave.
+    by = ", ".join(kind.__name__ for kind in refused)
+    skips = _skips(folded, norm_nodes(result.module), reason, by)
+    return dataclasses.replace(result, skipped=(*result.skipped, *skips))
+
+
+def _skips(folded: Result, norms: list[fx.Node], reason: str, by: str) -> list[Skip]:
+    """Say why each BatchNorm stays: what could not be folded anyway keeps its own reason."""
     given = {skip.node: skip for skip in folded.skipped if skip.by == FoldAffine.__name__}
     for change in folded.changes:
         given.pop(change.node, None)
-    names = ", ".join(kind.__name__ for kind in refused)
-    norms = norm_nodes(result.module)
     skips = [given[node.name] for node in norms if node.name in given]
     left = [node for node in norms if node.name not in given]
     places = [(module_path(node), node.name) for node in left] or [("", "")]
-    skips += [Skip(*place, reason, names) for place in places]
-    return dataclasses.replace(result, skipped=(*result.skipped, *skips))
+    return skips + [Skip(*place, reason, by) for place in places]
