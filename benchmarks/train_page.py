@@ -34,8 +34,8 @@ that is run in expectation (`ds.expected_compute`); *over ideal* divides by it (
 cost is random, each step by that of the branches that it really ran). *Ideal by time*
 weighs the branches of each stage by the time that they were measured to take, in the same rounds,
 in place of their operations: [below](#operations-and-time). The paper's linear rule; subset with
-its default break-even. {about}; glibc is told to keep freed memory (`MALLOC_TRIM_THRESHOLD_`), or
-page faults come and go by what ran before."""
+its default break-even. {about}; glibc is told to keep freed memory (`MALLOC_TRIM_THRESHOLD_`) and
+to take huge pages, or page faults come and go by what ran before."""
 CAUSES = """\
 What the first ideal counts, products, is not what takes the time. Normalisation, activations and
 copies between memory formats count nothing. In a network whose early stages have large images and
