@@ -30,8 +30,7 @@ import math
 import platform
 import statistics
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 
 import dropsurgery as ds
 from benchmarks.markdown import table
+from dropsurgery.half_precision import Growth
 from dropsurgery.models import import_timm
 
 MODELS = {
@@ -123,19 +123,8 @@ def ratios(name: str, size: int, dtype: torch.dtype, seed: int) -> tuple[float, 
     return tuple(math.exp(statistics.fmean(way)) for way in logs)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A ratio of errors: the geometric mean over seeds, and its relative standard error."""
-
-    ratio: float
-    spread: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure:
-        """Return the figure of what several seeds gave."""
-        logs = [math.log(value) for value in values]
-        spread = statistics.stdev(logs) / math.sqrt(len(logs))
-        return cls(math.exp(statistics.fmean(logs)), spread)
+class Figure(Growth):
+    """A ratio of errors over seeds; what counts as worse is told by an interval of its own."""
 
     @property
     def is_worse(self) -> bool:

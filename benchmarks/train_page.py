@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
+from dropsurgery.layers.drop_path import BREAK_EVEN, BREAK_EVEN_BELOW, ONEDNN_FROM
 
 NAMES = {
     "resnet110": "ResNet-110 (CIFAR), 32²",
@@ -228,7 +229,9 @@ def break_even_table(found: dict[str, Any]) -> str:
     about = (
         "The whole step over the plain network's, with one constant rate on the sites of the first "
         'or the last stage and nowhere else, "subset" forced at every rate; in brackets the ideal '
-        "(1 where no sample is left out). From `ds.layers.drop_path.BREAK_EVEN` on, 0.1, a subset "
-        "is computed without being forced; below it the row mask drops."
+        f"(1 where no sample is left out). From a rate of {BREAK_EVEN} on a subset is computed "
+        f"without being forced, and from {BREAK_EVEN_BELOW} on where it takes a branch with "
+        f"convolutions of one pixel below {ONEDNN_FROM} samples on one thread, as in ResNet-50 at "
+        "16; below that the row mask drops."
     )
     return f"{about}\n\n{table(header, rows)}"

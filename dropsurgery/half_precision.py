@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dropsurgery.graph.rounding import HALF
 from dropsurgery.graph.trace import as_tuple
 from dropsurgery.verify.cases import Case
 from dropsurgery.verify.run import ModuleRunner
 
 logger = logging.getLogger("dropsurgery")
 
-HALF = frozenset({torch.float16, torch.bfloat16})
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a forward takes by position and by name
 # A network errs by chance: on one batch the ratio of two errors may be off by a half. The same
 # inputs a little varied are rounded anew, and the mean over some of them tells more.
@@ -51,7 +51,7 @@ class Growth:
         return self.ratio > _MORE and math.log(self.ratio) > _BEYOND * self.spread
 
     @classmethod
-    def of(cls, ratios: list[float]) -> Growth:
+    def of(cls, ratios: Sequence[float]) -> Self:
         """Return what several runs tell."""
         if not all(map(math.isfinite, ratios)):
             return cls(math.nan if any(map(math.isnan, ratios)) else math.inf)

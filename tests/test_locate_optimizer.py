@@ -17,8 +17,7 @@ from dropsurgery.verify.optimizer import blame
 def exported(folder: Path, bias: float) -> tuple[nn.Module, Path]:
     """Return a network that pads with zeros before it pools, and its file."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)).eval()
-    nn.init.constant_(model[0].bias, bias)
+    model = pad_max_pool.network(bias)
     return model, ds.export_onnx(model, folder / "m.onnx", torch.randn(2, 3, 9, 9))
 
 
@@ -43,7 +42,7 @@ def test_nobody_is_blamed_where_the_padding_changes_nothing(tmp_path: Path) -> N
 
 def test_a_file_that_is_wrong_without_the_optimiser_is_no_case_for_it(tmp_path: Path) -> None:
     _, path = exported(tmp_path, -5.0)
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)).eval()
+    other = pad_max_pool.network(5.0)
     case = Case("one", (torch.randn(2, 3, 9, 9),), {})
     assert blame(other, path, "cpu", [case]) == ""
 

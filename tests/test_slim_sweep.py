@@ -108,7 +108,8 @@ def test_the_page_tells_what_is_left_what_is_not_exact_and_what_failed() -> None
     ]
     text = page.write(rows, {"torch": "1"})
     assert "| 2 of 4; worst 1.0e-09 |" in text
-    assert "| 0 of the other 2 (" in text
+    each = "resnet18 1.0e-09 by 1.0e-16"
+    assert f"| 0 of the other 2 ({each}; {each}) |" in text
     assert "- densenet121: 1 of 4. 1 times its input comes from add '…'" in text
     assert "- resnet34: not done after 300 s" in text
     assert "| densenet121 | 3 | 3 | 3 | as few as possible | 1 |" in text

@@ -18,10 +18,16 @@ from torch import nn
 import dropsurgery as ds
 
 
+def network(bias: float) -> nn.Sequential:
+    """Return a network that pads with zeros before it pools, behind a bias of one sign."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)).eval()
+    nn.init.constant_(model[0].bias, bias)
+    return model
+
+
 def main() -> None:
     """Export the two layers, and show that they are not equal."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)).eval()
-    nn.init.constant_(model[0].bias, -5.0)
+    model = network(-5.0)
     with tempfile.TemporaryDirectory() as folder:
         path = ds.export_onnx(model, Path(folder) / "m.onnx", torch.randn(2, 3, 9, 9))
         print(ds.verify(model, path).conclusion)

@@ -8,7 +8,7 @@ from torch import Tensor
 # The square of an input's mean over its variance, that rounding reckons with. Behind a ReLU that a
 # standard normal value went through they are 1/(2π) and 1/2 - 1/(2π): 0.47.
 _MEAN_OVER_VARIANCE = 0.5
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def round_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,7 +28,7 @@ def round_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         The rounded weights, of the same shape.
     """
-    if dtype not in _BITS or values.ndim < 2:
+    if dtype not in HALF or values.ndim < 2:
         return values.to(dtype)
     return _balanced(values.flatten(1), dtype).view(values.shape)
 
@@ -54,7 +54,7 @@ def _balanced(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _other_side(nearest: Tensor, error: Tensor) -> Tensor:
     """Return the number next to each, on the side where the value that was rounded lies."""
-    bits = nearest.view(_BITS[nearest.dtype])
+    bits = nearest.view(torch.int16)
     # Numbers of one sign are in the order of their bits, away from zero.
     outwards = (nearest > 0) == (error < 0)
     moved = torch.where(outwards, bits + 1, bits - 1)

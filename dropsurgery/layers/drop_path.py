@@ -22,8 +22,8 @@ BREAK_EVEN = 0.1
 # With one thread torch gives float32 convolutions of one pixel to oneDNN from 16 samples on; below
 # it computes them by itself, and takes half as long again for each. A batch that was above and a
 # subset that is below pay from here on, as ResNet-50 does.
-_ONEDNN_FROM = 16
-_BREAK_EVEN_BELOW = 0.3
+ONEDNN_FROM = 16
+BREAK_EVEN_BELOW = 0.3
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
 # So few rows are not made fewer by leaving out one that does not count: BatchNorm needs two.
@@ -183,8 +183,8 @@ class DropPath(nn.Module):
             pixelwise: whether the branch holds a convolution of one pixel, on a CPU.
         """
         least = self.break_even
-        if pixelwise and least > 0.0 and self._most(batch) < _ONEDNN_FROM <= batch:
-            least = max(least, _BREAK_EVEN_BELOW if torch.get_num_threads() == 1 else 0.0)
+        if pixelwise and least > 0.0 and self._most(batch) < ONEDNN_FROM <= batch:
+            least = max(least, BREAK_EVEN_BELOW if torch.get_num_threads() == 1 else 0.0)
         return self.drop_prob < least
 
     def count(self, batch: int, pixelwise: bool = False) -> int:

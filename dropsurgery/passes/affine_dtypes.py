@@ -8,6 +8,7 @@ from torch import fx
 from dropsurgery.graph.affine import Refused
 from dropsurgery.graph.channel_maps import ChannelMap
 from dropsurgery.graph.ledger import MapState
+from dropsurgery.graph.rounding import HALF
 from dropsurgery.graph.transfer import Scene, Spread
 
 
@@ -37,7 +38,7 @@ def common_dtype(
     if norm is not None:
         devices |= {tensor.device for tensor in norm.tensors}
         own = {tensor.dtype for tensor in norm.tensors}
-        half = dtype in (torch.float16, torch.bfloat16) and own == {torch.float32}
+        half = dtype in HALF and own == {torch.float32}
         if dtype is not None and own != {dtype} and (norm.promotes or not half):
             names = ", ".join(sorted(str(kind) for kind in own))
             raise Refused(f"the layers are {dtype} and the statistics are {names}")

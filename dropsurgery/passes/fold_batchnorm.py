@@ -21,6 +21,7 @@ from dropsurgery.graph.affine import (
 from dropsurgery.graph.carriers import check_alone
 from dropsurgery.graph.channels import Shapes, axis_before_view, channel_axis, moves_axes
 from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
+from dropsurgery.graph.rounding import HALF
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
 from dropsurgery.graph.uses import Uses, value_readers
@@ -341,7 +342,7 @@ class _Planner:
                 f"it has {features[0]} features, {weighted.label} {weighted.channels} channels"
             )
         own, other = weighted.weight.dtype, {tensor.dtype for tensor in norm.tensors}
-        mixed = own in (torch.float16, torch.bfloat16) and other == {torch.float32}
+        mixed = own in HALF and other == {torch.float32}
         if other != {own} and (norm.promotes or not mixed):
             names = ", ".join(sorted(str(dtype) for dtype in other))
             raise Refused(f"{weighted.label} is {own} and the statistics are {names}")

@@ -16,7 +16,7 @@ from dropsurgery.graph.linear import Linear, between
 from dropsurgery.graph.linear_regions import LinearRegions, Region
 from dropsurgery.graph.module import Skip, describe, fresh_path, module_path
 from dropsurgery.graph.pieces import Gain, Layer, Sum, operands
-from dropsurgery.graph.rounding import round_rows
+from dropsurgery.graph.rounding import HALF, round_rows
 from dropsurgery.graph.stencil import Kernel, Stencil
 from dropsurgery.graph.trace import keep_eval
 from dropsurgery.graph.two_mode import TwoModeGraphModule
@@ -223,7 +223,7 @@ class _Planner:
         dtype, device = weighted[0].weight.dtype, weighted[0].weight.device
         if any((w.weight.dtype, w.weight.device) != (dtype, device) for w in weighted):
             return "its layers have different dtypes or devices"
-        half = dtype in (torch.float16, torch.bfloat16)
+        half = dtype in HALF
         for piece in pieces:
             tensors = piece.tensors if isinstance(piece, Gain) else ()
             dtypes = {tensor.dtype for tensor in tensors if tensor.ndim} - {dtype}
