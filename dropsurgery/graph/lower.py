@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from dropsurgery.graph.memory import Memory
 from dropsurgery.graph.module import INSERTED, NATIVE
 from dropsurgery.graph.region import NoRegion, Region, Regions
+from dropsurgery.layers.compiled_rows import Start, rectify
 from dropsurgery.layers.drop_path import DropPath
 from dropsurgery.layers.rows import Order, Rows, add_rows, like_rows, split_rows, take_rows
 
@@ -197,6 +198,7 @@ class _Builder:
         self.rows: dict[fx.Node, fx.Node] = {}
         self.orders: dict[fx.Node, fx.Node] = {}
         self.starts: dict[fx.Node, fx.Node] = {}
+        self.turned: dict[fx.Node, fx.Node] = {}
         self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -211,7 +213,9 @@ class _Builder:
         if node in self.program.calls or any(self.program.is_batch(call) for call in chain):
             return
         call = self.program.adds.get(node)
-        if call is None:
+        if node in self.turned:
+            self.made[node] = self._write_relu(node, chain)
+        elif call is None:
             self.made[node] = self.graph.node_copy(node, lambda value: self.see(value, chain))
         elif self.program.is_batch(call):
             self.made[node] = self._write_branch(call, chain)
@@ -223,9 +227,19 @@ class _Builder:
             rows, order = self.rows[call], self.orders.get(call)
             arguments: list[Any] = [skip, branch, rows, axis, region.in_place]
             to = self._start(call, chain)
+            if to is not None:
+                self.turned[next(iter(region.add.users))] = to
             if order is not None or to is not None:
                 arguments += [order, to or 0]
             self.made[node] = self._function(add_rows, *arguments)
+
+    def _write_relu(self, node: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
+        """Write a ReLU between two blocks."""
+        value, to = self.see(node.all_input_nodes[0], chain), self.turned[node]
+        if node.op == "call_module":
+            return self._function(_relu, value, to, self.graph.get_attr(str(node.target)))
+        in_place = node.target in (torch.relu_, "relu_") or True in node.args
+        return self._function(_relu, value, to, None, in_place or node.kwargs.get("inplace"))
 
     def see(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Return what a node inside the regions `chain` (outermost first) sees of a value."""
@@ -365,20 +379,29 @@ def _draw_rows(layer: DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows |
     return layer.rows(x, axis, pixelwise)
 
 
-def _order(rows: Rows | None, first: int) -> Order | None:
+def _order(rows: Rows | None, first: Start) -> Order | Tensor | None:
+    if isinstance(first, Tensor):
+        return first
     return None if rows is None or rows.window is None else Order(first)
 
 
-def _first(rows: Rows | None, following: Rows | None, *between: nn.Module) -> int:
+def _first(rows: Rows | None, following: Rows | None, *between: nn.Module) -> Start:
     """Return the sample that is to stand first in a sum.
 
     A hook on a module between the blocks is shown the samples as they stand in the batch.
     """
-    if rows is None or following is None or rows.window is None or following.window is None:
+    if rows is None or following is None or any(_hooked(module) for module in between):
         return 0
-    if any(_hooked(module) for module in between):
-        return 0
-    return following.window[0]
+    if rows.traced is not None and following.traced is not None:
+        return following.traced[0]
+    return following.window[0] if rows.window is not None and following.window is not None else 0
+
+
+def _relu(x: Tensor, to: Start, module: nn.Module | None, in_place: bool = False) -> Tensor:
+    """Run the ReLU of a sum in which the sample `to` stands first."""
+    if isinstance(to, Tensor):  # compiled, and without hooks
+        return rectify(x)
+    return F.relu(x, bool(in_place)) if module is None else module(x)
 
 
 def _hooked(module: nn.Module) -> bool:

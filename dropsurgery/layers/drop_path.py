@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.compiled_rows import along
 from dropsurgery.layers.draws import Draws
-from dropsurgery.layers.rows import Rows, along
+from dropsurgery.layers.rows import Rows
 from dropsurgery.survival import check_probability
 
 Mode = Literal["row", "subset", "batch"]
@@ -162,8 +163,8 @@ class DropPath(nn.Module):
             return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         count = self._count_compiled(batch)
         start, chance = self._numbers_compiled(x.device)
-        index = ((start * batch).long() + torch.arange(count, device=x.device)) % batch
-        return Rows(index, last=chance + (count - 1) < batch * keep, scale=scale)
+        last = chance + (count - 1) < batch * keep
+        return Rows(last=last, scale=scale, traced=((start * batch).long(), count))
 
     def _window(self, batch: int) -> tuple[int, int, bool]:
         """Draw, on the host, the first row, how many there are, and whether the last one counts."""

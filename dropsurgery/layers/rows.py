@@ -5,9 +5,9 @@ function is what stood in the network before: the value itself, and the plain ad
 
 The rows are a window of the batch that may go around its end: no more than two slices, so that
 taking them is a view or one copy, and adding them back reads and writes every row once. The same
-window is an index in compiled code, whose operations the compiler fuses, and where the tensors are
-small: then the calls cost more than the copies, and an index needs a third of them. (Autograd keeps
-the rows that were taken and the branch's result then, which a window does without.)
+window is an index where the tensors are small: then the calls cost more than the copies, and an
+index needs a third of them. (Autograd keeps the rows that were taken and the branch's result then,
+which a window does without.) In compiled code a window's first sample is a tensor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dropsurgery.layers.compiled_rows import Start, along, spread_window, take_window, turn
 
 
 class Rows(NamedTuple):
@@ -28,6 +30,7 @@ class Rows(NamedTuple):
         last: whether the last row counts; in compiled code a bool tensor ().
         scale: the factor of every row that counts.
         window: first sample and number of samples of a window that goes around the batch's end.
+        traced: the same in compiled code, where the first sample is a tensor ().
     """
 
     index: Tensor | None = None  # type: ignore[assignment]  # tuple.index is of no use here
@@ -35,6 +38,7 @@ class Rows(NamedTuple):
     last: bool | Tensor = True
     scale: float = 1.0
     window: tuple[int, int] | None = None
+    traced: tuple[Tensor, int] | None = None
 
 
 def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
@@ -49,6 +53,8 @@ def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
         return x
     if rows.window is not None:
         return _window(x, rows.window, axis)
+    if rows.traced is not None:
+        return take_window(x, *rows.traced, axis)
     assert rows.index is not None
     dense, moved = _dense(x, axis)
     taken = dense.index_select(axis, rows.index)
@@ -75,7 +81,7 @@ class Order:
 
 
 def split_rows(
-    x: Tensor, rows: Rows | None, axis: int = 0, order: Order | None = None
+    x: Tensor, rows: Rows | None, axis: int = 0, order: Order | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return a tensor as it is, for the skip, and its chosen rows, for the branch.
 
@@ -87,11 +93,15 @@ def split_rows(
         rows: what `DropPath.rows` drew; None in eval.
         axis: where the batch is.
         order: how the samples stand, where nothing but the `add_rows` that gets the same order
-            reads the first result.
+            reads the first result; in compiled code the sample that stands first, the first of
+            these rows.
     """
+    if rows is not None and rows.traced is not None and order is not None:
+        return x, x.narrow(axis, 0, rows.traced[1])
     if rows is None or rows.window is None:
         return x, take_rows(x, rows, axis)
-    order = order or Order()
+    if not isinstance(order, Order):
+        order = Order()
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, _window(x, rows.window, axis, order.fork)
     whole, taken = _SplitRows.apply(x, rows.window, axis, order)
@@ -102,8 +112,9 @@ def like_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     """Return a view of as many rows as were chosen, to be asked for its shape only."""
     if rows is None or rows.mask is not None:
         return x
-    if rows.window is not None:
-        return x.narrow(axis, 0, rows.window[1])
+    window = rows.window or rows.traced
+    if window is not None:
+        return x.narrow(axis, 0, window[1])
     assert rows.index is not None
     return x.narrow(axis, 0, rows.index.shape[0])
 
@@ -114,8 +125,8 @@ def add_rows(
     rows: Rows | None,
     axis: int = 0,
     in_place: bool = False,
-    order: Order | None = None,
-    to: int = 0,
+    order: Order | Tensor | None = None,
+    to: Start = 0,
 ) -> Tensor:
     """Return skip + branch, where the branch was computed for the chosen rows.
 
@@ -138,6 +149,11 @@ def add_rows(
         return skip.add_(branch * mask) if in_place else skip + branch * mask
     if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
         skip, branch = _alike(skip, branch, axis, in_place)
+    if rows.traced is not None:
+        skip = turn(skip, axis, order if isinstance(order, Tensor) else 0, to)
+        batch, part = skip.shape[axis], _weighted(branch, rows, axis)
+        spread = spread_window(part, rows.traced[0], batch, axis, to)
+        return skip.add_(spread) if in_place else skip + spread
     if rows.window is not None and not in_place:
         factors = rows.scale, bool(rows.last)
         sum_: Tensor = _AddRows.apply(skip, branch, rows.window, factors, axis, order, to)
@@ -162,11 +178,6 @@ def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
     branch, count = branch * rows.scale, branch.shape[axis]
     counts = (torch.arange(count, device=branch.device) < count - 1) | rows.last
     return torch.where(along(counts, branch, axis), branch, 0.0)
-
-
-def along(mask: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Return a (B,) mask in the rank of `x`, along `axis`."""
-    return mask.view([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
 class _SplitRows(torch.autograd.Function):
