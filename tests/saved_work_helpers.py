@@ -18,6 +18,40 @@ def as_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dropsurgery.layers.drop_path._SMALL", 0)
 
 
+def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows be drawn as compiled code has them."""
+    as_windows(monkeypatch)
+    rows = ds.DropPath.rows
+
+    def traced_rows(layer: ds.DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows | None:
+        drawn = rows(layer, x, axis, pixelwise)
+        return drawn if drawn is None or drawn.window is None else traced(drawn)
+
+    monkeypatch.setattr(ds.DropPath, "rows", traced_rows)
+
+
+def as_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rows be what they are."""
+
+
+# In which form the rows of a subset are drawn: small tensors by index.
+FORMS = (as_drawn, as_windows, as_traced)
+
+
+def indexed(rows: Rows, batch: int) -> Rows:
+    """Return the rows of a window by their numbers."""
+    first, count = rows.window or rows.traced or (0, 0)
+    index = (int(first) + torch.arange(count)) % batch
+    return rows._replace(window=None, traced=None, index=index)
+
+
+def traced(rows: Rows) -> Rows:
+    """Return the rows of a window as compiled code has them."""
+    assert rows.window is not None
+    start, last = torch.tensor(rows.window[0]), torch.tensor(rows.last)
+    return rows._replace(window=None, last=last, traced=(start, rows.window[1]))
+
+
 class Recorder:
     """Keeps what each drop-path layer draws, so that the flat graph can be run with it.
 
@@ -76,9 +110,8 @@ def as_mask(rows: Rows, batch: int) -> Tensor:
     """Return the factor of each sample, float64 (B,)."""
     if rows.mask is not None:
         return rows.mask.double()
-    if rows.window is not None:
-        first, count = rows.window
-        rows = rows._replace(index=(first + torch.arange(count)) % batch)
+    if rows.index is None:
+        rows = indexed(rows, batch)
     assert rows.index is not None
     assert len(set(rows.index.tolist())) == len(rows.index)
     mask = torch.zeros(batch, dtype=torch.float64)
