@@ -14,6 +14,7 @@ the machine disturbs least.
     python -m benchmarks.train_step --memory      peak memory of a step, and what autograd keeps
     python -m benchmarks.train_step --break-even  where "subset" begins to pay, stage by stage
     python -m benchmarks.train_step --by-batch    what a sample costs in smaller batches
+    python -m benchmarks.train_compiled           compiled steps
     python -m benchmarks.train_step --page        docs/train_step.md from what was measured
 
 Each case is written to docs/train_step.json when it is done.
@@ -436,6 +437,18 @@ def keep(section: str, key: str, value: Any) -> None:
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def keep_freed() -> None:
+    """Start this process anew so that the C library keeps freed memory, unless it does.
+
+    Or it gives it back, when depends on what ran before, and every page of it costs a fault: up to
+    a third of a step of the plain ResNet-110, or nothing.
+    """
+    if not os.environ.get(KEEPS):
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED}
+        )
+
+
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -448,12 +461,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write docs/train_step.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not (options.page or options.memory or options.peak) and not os.environ.get(KEEPS):
-        # Or the C library gives freed memory back, when depends on what ran before, and every page
-        # of it costs a fault: up to a third of a step of the plain ResNet-110, or nothing.
-        os.execve(
-            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED}
-        )
+    if not (options.page or options.memory or options.peak):
+        keep_freed()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,0 +1,92 @@
+"""A compiled training step with stochastic depth against one of the compiled plain network.
+
+As `benchmarks.train_step`, with every network compiled by `torch.compile(fullgraph=True)`: rounds
+of the contenders in turn, each over the plain network's steps right before and after it. The mode
+"batch" is not here: where it draws, the graph breaks. The plain network that is not compiled runs
+along, to show what compiling alone gives.
+
+    python -m benchmarks.train_compiled [--cases resnet110:64 ...] [--missing] [--rounds 7]
+
+Each case is written to docs/train_step.json when it is done; the page is written by
+`python -m benchmarks.train_step --page`. Compiling takes one to three minutes a contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+import dropsurgery as ds
+from benchmarks.train_networks import NETWORKS, Step, inputs_of, retrofitted
+from benchmarks.train_step import BOTH_RATES, FINAL, keep, keep_freed, one_round, results
+
+CASES = [f"{name}:{batch}" for batch in (64, 16, 128) for name in NETWORKS]
+WARM_UP = 2
+
+
+def compiled(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Step:
+    """Return the step of a compiled network."""
+    step = Step(module, inputs)
+    step.module = torch.compile(module, fullgraph=True)  # type: ignore[assignment]
+    return step
+
+
+def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Return the ratios of the modes "row" and "subset" of one network and batch size."""
+    inputs = inputs_of(name, batch)
+    builder = NETWORKS[name][0]
+    plain = compiled(builder(), inputs)
+    steps = {"not compiled": Step(builder(), inputs)}
+    ideals: dict[str, float] = {}
+    steps["row 0.5"] = compiled(retrofitted(name, 0.5, "row"), inputs)
+    for final in FINAL if batch in BOTH_RATES else FINAL[:1]:
+        net = retrofitted(name, final, "subset")
+        ideals[f"subset {final}"] = ds.expected_compute(net, inputs[:1]).ratio
+        steps[f"subset {final}"] = compiled(net, inputs)
+    for _ in range(WARM_UP):
+        one_round(plain, steps)
+    ratios: dict[str, list[float]] = {key: [] for key in steps}
+    seconds = []
+    for _ in range(rounds):
+        own, of_round = one_round(plain, steps)
+        seconds.append(own)
+        for key, ratio in of_round.items():
+            ratios[key].append(ratio)
+    result: dict[str, Any] = {"plain, seconds": statistics.median(seconds), "rounds": rounds}
+    for key, found in ratios.items():
+        ratio = statistics.median(found)
+        result[key] = {"ratio": ratio, "low": min(found), "high": max(found)}
+        if key in ideals:
+            result[key] |= {"ideal": ideals[key], "against ideal": ratio / ideals[key]}
+    return result
+
+
+def main() -> None:
+    """Measure what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="*", default=None, metavar="NETWORK:BATCH")
+    parser.add_argument("--missing", action="store_true", help="only cases without a result yet")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    keep_freed()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for case in options.cases or CASES:
+        if options.missing and case in results().get("compiled", {}):
+            continue
+        name, batch = case.split(":")
+        found = measure(name, int(batch), options.rounds)
+        torch._dynamo.reset()
+        keep("compiled", case, found)
+        print(case, json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
