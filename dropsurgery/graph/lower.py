@@ -388,25 +388,28 @@ def _order(rows: Rows | None, first: Start) -> Order | Tensor | None:
 def _first(rows: Rows | None, following: Rows | None, *between: nn.Module) -> Start:
     """Return the sample that is to stand first in a sum.
 
-    A hook on a module between the blocks is shown the samples as they stand in the batch.
+    A hook on a module between the blocks is shown the samples as they stand in the batch, and a
+    module that was put there later is shown them so too.
     """
-    if rows is None or following is None or any(_hooked(module) for module in between):
+    if rows is None or following is None or not all(map(_transparent, between)):
         return 0
-    if rows.traced is not None and following.traced is not None:
+    if following.traced is not None:
         return following.traced[0]
     return following.window[0] if rows.window is not None and following.window is not None else 0
 
 
 def _relu(x: Tensor, to: Start, module: nn.Module | None, in_place: bool = False) -> Tensor:
-    """Run the ReLU of a sum in which the sample `to` stands first."""
-    if isinstance(to, Tensor):  # compiled, and without hooks
+    """Run the ReLU of a sum in which the sample `to` stands first; compiled, without its module."""
+    if isinstance(to, Tensor):
         return rectify(x)
     return F.relu(x, bool(in_place)) if module is None else module(x)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _transparent(module: nn.Module) -> bool:
+    """Say whether a module between two blocks is what it was, and nobody looks into it."""
     backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
+    hooked = module._forward_hooks or module._forward_pre_hooks or backward
+    return type(module) in (nn.ReLU, nn.Identity) and not hooked
 
 
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:

@@ -6,8 +6,7 @@ whole. Looking up goes into the loops around it. So each function here has a bac
 which looks up as well.
 
 A window begins at `start`, goes around the batch's end and holds `count` samples; sizes are
-integers, where it begins is a tensor. `at` and `to` are the samples that stand first in what is
-read and in what is written.
+integers, where it begins is a tensor.
 """
 
 from __future__ import annotations
@@ -25,25 +24,43 @@ def along(mask: Tensor, x: Tensor, axis: int) -> Tensor:
     return mask.view([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
-def take_window(x: Tensor, start: Tensor, count: int, axis: int) -> Tensor:
+def take_window(x: Tensor, window: tuple[Tensor, int], axis: int) -> Tensor:
     """Return the rows of a window, copied."""
-    taken: Tensor = _Take.apply(x, *_numbers(x.shape[axis], start, count), axis)
+    taken: Tensor = _Take.apply(x, *_numbers(x.shape[axis], *window), axis)
     return taken
 
 
-def spread_window(part: Tensor, start: Tensor, batch: int, axis: int, to: Start = 0) -> Tensor:
-    """Return a batch of zeros with the rows of a window in it."""
-    spread: Tensor = _Spread.apply(part, *_numbers(batch, start - to, part.shape[axis]), axis)
+def spread_window(
+    part: Tensor, window: tuple[Tensor, int], batch: int, axis: int, to: Start = 0
+) -> Tensor:
+    """Return a batch of zeros with the rows of a window in it, the sample `to` first."""
+    start, count = window
+    spread: Tensor = _Spread.apply(part, *_numbers(batch, start - to, count), count, axis)
     return spread
 
 
 def turn(x: Tensor, axis: int, at: Start, to: Start) -> Tensor:
-    """Return a batch with its samples turned around; as it is where both are the integer 0."""
+    """Return a batch in which the sample `at` stands first so that `to` does.
+
+    Either is a tensor or 0; where both are 0 that is the batch itself.
+    """
     by, batch = to - at, x.shape[axis]
     if isinstance(by, int):
         return x
     turned: Tensor = _Turn.apply(x, *_numbers(batch, by, batch), axis)
     return turned
+
+
+def rectify(x: Tensor) -> Tensor:
+    """Return a ReLU of which autograd keeps the result.
+
+    Where only some rows of that result are kept for the next branch, a compiler would keep a
+    bool for each element beside them; torch's writes such masks to memory ten times slower on a
+    CPU than the result itself. Other than torch's, the gradient is NaN where the result is 0 and
+    what comes back infinite, and 0 where the result is NaN.
+    """
+    rectified: Tensor = _Rectify.apply(x)
+    return rectified
 
 
 def _numbers(batch: int, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -69,30 +86,32 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, index, places, ctx.axis = inputs
+        ctx.count = index.shape[0]
         ctx.save_for_backward(index, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
+        numbers = ctx.saved_tensors
+        return _Spread.apply(gradients[0], *numbers, ctx.count, ctx.axis), None, None, None
 
 
 class _Spread(torch.autograd.Function):
     """Rows, each where it came from, among zeros; backward: the chosen rows."""
 
     @staticmethod
-    def forward(part: Tensor, index: Tensor, places: Tensor, axis: int) -> Tensor:
-        count = part.shape[axis]
+    def forward(part: Tensor, index: Tensor, places: Tensor, count: int, axis: int) -> Tensor:
         spread = part.index_select(axis, places.clamp(max=count - 1))
         return torch.where(along(places < count, spread, axis), spread, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, places, ctx.axis = inputs
+        _, index, places, _, ctx.axis = inputs
         ctx.save_for_backward(index, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _Take.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
+        taken = _Take.apply(gradients[0], *ctx.saved_tensors, ctx.axis)
+        return taken, None, None, None, None
 
 
 class _Turn(torch.autograd.Function):
@@ -112,18 +131,9 @@ class _Turn(torch.autograd.Function):
         return _Turn.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
 
 
-def rectify(x: Tensor) -> Tensor:
-    """Return a ReLU of which autograd keeps the result.
-
-    Where only some rows of that result are kept for the next branch, a compiler would keep a
-    bool for each element beside them; torch's writes such masks to memory ten times slower on a
-    CPU than the result itself. A gradient that is not finite gives NaN where the result is 0.
-    """
-    rectified: Tensor = _Rectify.apply(x)
-    return rectified
-
-
 class _Rectify(torch.autograd.Function):
+    """ReLU; backward: the gradient times the sign of the result."""
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.relu()

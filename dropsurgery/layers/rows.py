@@ -54,7 +54,7 @@ def take_rows(x: Tensor, rows: Rows | None, axis: int = 0) -> Tensor:
     if rows.window is not None:
         return _window(x, rows.window, axis)
     if rows.traced is not None:
-        return take_window(x, *rows.traced, axis)
+        return take_window(x, rows.traced, axis)
     assert rows.index is not None
     dense, moved = _dense(x, axis)
     taken = dense.index_select(axis, rows.index)
@@ -138,21 +138,23 @@ def add_rows(
         axis: where the batch is.
         in_place: write the sum into `skip`.
         order: what `split_rows` got, where `skip` is its first result.
-        to: the sample that is to stand first in the sum; for a window only.
+        to: the sample that is to stand first in the sum; for a window, and in compiled code.
     """
     if rows is None:
         return skip.add_(branch) if in_place else skip + branch
     if rows.mask is not None:
         mask = along(rows.mask, branch, axis).to(branch.dtype)
         if skip.shape == branch.shape and skip.dtype == branch.dtype:  # no product of its own
-            return skip.addcmul_(branch, mask) if in_place else torch.addcmul(skip, branch, mask)
-        return skip.add_(branch * mask) if in_place else skip + branch * mask
+            total = skip.addcmul_(branch, mask) if in_place else torch.addcmul(skip, branch, mask)
+        else:
+            total = skip.add_(branch * mask) if in_place else skip + branch * mask
+        return turn(total, axis, 0, to)
     if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
         skip, branch = _alike(skip, branch, axis, in_place)
     if rows.traced is not None:
         skip = turn(skip, axis, order if isinstance(order, Tensor) else 0, to)
-        batch, part = skip.shape[axis], _weighted(branch, rows, axis)
-        spread = spread_window(part, rows.traced[0], batch, axis, to)
+        part = _weighted(branch, rows, axis)
+        spread = spread_window(part, rows.traced, skip.shape[axis], axis, to)
         return skip.add_(spread) if in_place else skip + spread
     if rows.window is not None and not in_place:
         factors = rows.scale, bool(rows.last)
