@@ -1,4 +1,4 @@
-"""docs/train_step.md from what benchmarks/train_step.py measured."""
+"""docs/train_step.md from what benchmarks/train_step.py and train_compiled.py measured."""
 
 from __future__ import annotations
 
@@ -190,11 +190,12 @@ def summary(document: dict[str, Any]) -> str:
             for case in large
             if case.split(":")[0] in names
         ]
-        lines.append(
-            f"- Eager batch mode, which runs nothing at all of what it drops, takes "
-            f"{min(floor):.3f} to {max(floor):.3f} of its ideal there ({title}): less no subset "
-            "can be asked for."
-        )
+        if floor:
+            lines.append(
+                f"- {title}: eager batch mode, which runs nothing of what it drops, takes "
+                f"{min(floor):.3f} to {max(floor):.3f} of its ideal at p_L = 0.5, batch 64 and "
+                "more: less no eager subset can be asked for."
+            )
     batches = [
         entry
         for found in steps.values()

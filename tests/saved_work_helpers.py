@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 import dropsurgery as ds
 from dropsurgery.graph.module import graphs
-from dropsurgery.layers.rows import Rows, along
+from dropsurgery.layers.compiled_rows import along
+from dropsurgery.layers.rows import Rows
 
 
 def as_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,9 @@ FORMS = (as_drawn, as_windows, as_traced)
 
 def indexed(rows: Rows, batch: int) -> Rows:
     """Return the rows of a window by their numbers."""
-    first, count = rows.window or rows.traced or (0, 0)
+    window = rows.window or rows.traced
+    assert window is not None
+    first, count = window
     index = (int(first) + torch.arange(count)) % batch
     return rows._replace(window=None, traced=None, index=index)
 

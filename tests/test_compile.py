@@ -113,8 +113,9 @@ def test_known_networks_over_a_ramp(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["row", "subset"])
-def test_batch_sizes_that_change_are_compiled_once_more(mode: str) -> None:
-    counts = frames("mlp", mode, batches=[8, 8, 6, 7, 9, 12, 11])
+@pytest.mark.parametrize("name", ["mlp", "images"])
+def test_batch_sizes_that_change_are_compiled_once_more(name: str, mode: str) -> None:
+    counts = frames(name, mode, batches=[8, 8, 6, 7, 9, 12, 11])
     assert counts == [1, 1] + [2] * 5
 
 
@@ -228,16 +229,31 @@ class Small(nn.Module):
         return x + self.one(x).tanh()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.one(x).tanh())
+
+
+def blocks() -> nn.Module:
+    """Two branches with a ReLU between their sums."""
+    return nn.Sequential(Block(), Block())
+
+
 # Importing the compiler's own modules warns.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_inductor() -> None:
+@pytest.mark.parametrize(("build", "shape"), [(Small, (4,)), (blocks, (4, 5, 5))])
+def test_inductor(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     """The real compiler, with seeded draws: values and gradients are those of the eager network."""
     torch.manual_seed(0)
-    net = ds.retrofit(Small(), 0.5, mode="subset").train()
+    net = ds.retrofit(build(), 0.5, mode="subset").train()
     draws = ds.seed_drop_paths(net, 3)
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, fullgraph=True)
-    for _ in range(2):
-        compare(compiled, net, torch.randn(16, 4), 1e-5)
+    for batch in (16, 16, 13):
+        compare(compiled, net, torch.randn(batch, *shape), 1e-5)
         schedule.step()
         draws.advance()

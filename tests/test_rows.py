@@ -171,3 +171,15 @@ def test_a_relu_that_keeps_its_result() -> None:
     (expected,) = torch.autograd.grad((x.relu() * weight).sum(), x)
     assert torch.equal(rectify(x), x.relu())
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_masked_sum_is_turned_around(axis: int) -> None:
+    mask, shape = torch.tensor([1.7, 0.0, 1.7, 0.0, 1.7]), (5, 5, 2)
+    skip, branch = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64)
+    found = add_rows(skip, branch, Rows(mask=mask), axis, False, None, torch.tensor(3))
+    expected = (skip + branch * along(mask.double(), branch, axis)).roll(-3, axis)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    gradients = [torch.autograd.grad((y * weight).sum(), (skip, branch)) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)

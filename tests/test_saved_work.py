@@ -27,6 +27,7 @@ from tests.saved_work_helpers import (
     as_traced,
     as_windows,
     assert_runs_as_masked,
+    indexed,
     quiet,
 )
 
@@ -163,11 +164,11 @@ class Escapes(Mlp):
 
 
 class Inner(nn.Module):
-    """A branch that holds residual blocks itself."""
+    """A branch that holds residual blocks itself, with a ReLU between them or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Callable[[], nn.Module] = Mlp) -> None:
         super().__init__()
-        self.first, self.second, self.fc = Mlp(), InPlaceAfter(), nn.Linear(6, 6)
+        self.first, self.second, self.fc = first(), InPlaceAfter(), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fc(self.second(self.first(torch.tanh(x))))
@@ -211,23 +212,33 @@ def inner_by_hand(block: Inner, x: Tensor, drawn: list[Any], modes: tuple[str, s
             return value + 2.0 * branch(value) if draw else value
         if draw.mask is not None:
             return value + draw.mask[:, None] * branch(value)
-        chosen = draw.index
+        chosen = draw.index if draw.index is not None else indexed(draw, len(value)).index
         index = chosen if draw.last else chosen[:-1]
         result = branch(value[chosen])[: len(index)]
         return value.index_add(0, index, result, alpha=draw.scale)
 
     def branch(value: Tensor) -> Tensor:
         value = run(torch.tanh(value), lambda v: torch.tanh(block.first.fc(v)), modes[1])
+        value = torch.relu(value) if isinstance(block.first, InPlaceAfter) else value
         value = torch.relu(run(value, lambda v: torch.tanh(block.second.fc(v)), modes[1]))
         return block.fc(value)
 
     return run(x, branch, modes[0])
 
 
+@pytest.mark.parametrize("first", [Mlp, InPlaceAfter])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("outer", WORKING)
 @pytest.mark.parametrize("inner", WORKING)
-def test_residuals_inside_a_branch(inner: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = Inner().double()
+def test_residuals_inside_a_branch(
+    inner: str,
+    outer: str,
+    form: Callable[[pytest.MonkeyPatch], None],
+    first: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form(monkeypatch)
+    block = Inner(first).double()
     insertion = ds.InsertDropPath(
         ds.survival.constant(0.5), mode=outer, include=("nested",), break_even=0.0
     )
@@ -665,6 +676,31 @@ def test_a_hook_on_the_relu_sees_the_samples_as_they_stand(
         assert torch.equal(net(x), x)
     # What is told apart is there: the samples stand otherwise, or two of three are not called.
     assert len(calls) == 5 if form is as_traced else not all(torch.equal(v, x) for v in calls)
+
+
+@pytest.mark.parametrize("form", [as_windows, as_traced])
+def test_another_module_in_the_place_of_the_relu_is_run(
+    form: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form(monkeypatch)
+    net = insert(Stack(Rectified), "subset").train()
+    seen: list[Tensor] = []
+
+    class Seeing(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return x.relu()
+
+    net.get_submodule("0").after = Seeing()
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    x = torch.rand(9, 6)
+    for _ in range(5):
+        assert torch.equal(net(x), x)
+    assert len(seen) == 5
+    assert all(torch.equal(value, x) for value in seen)
 
 
 def test_rows_behind_a_relu_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
