@@ -6,6 +6,7 @@ of the contenders in turn, each over the plain network's steps right before and 
 along, to show what compiling alone gives.
 
     python -m benchmarks.train_compiled [--cases resnet110:64 ...] [--missing] [--rounds 7]
+    python -m benchmarks.train_compiled --malloc-as-it-is [...]   memory as the C library manages it
 
 Each case is written to docs/train_step.json when it is done; the page is written by
 `python -m benchmarks.train_step --page`. Compiling takes one to three minutes a contender, with
@@ -30,6 +31,8 @@ from benchmarks.train_step import BOTH_RATES, FINAL, keep, keep_freed, one_round
 
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128) for name in NETWORKS]
 WARM_UP = 2
+# The sections of docs/train_step.json.
+COMPILED, AS_IT_IS = "compiled", "compiled, malloc as it is"
 
 
 def compiled(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Step:
@@ -81,18 +84,21 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=None, metavar="NETWORK:BATCH")
     parser.add_argument("--missing", action="store_true", help="only cases without a result yet")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--malloc-as-it-is", action="store_true", help="let it give memory back")
     options = parser.parse_args()
-    keep_freed()
+    if not options.malloc_as_it_is:
+        keep_freed()
+    section = AS_IT_IS if options.malloc_as_it_is else COMPILED
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for case in options.cases or CASES:
-        if options.missing and case in results().get("compiled", {}):
+        if options.missing and case in results().get(section, {}):
             continue
         name, batch = case.split(":")
         found = measure(name, int(batch), options.rounds)
         torch._dynamo.reset()
-        keep("compiled", case, found)
+        keep(section, case, found)
         print(case, json.dumps(found), flush=True)
 
 
