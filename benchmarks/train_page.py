@@ -49,9 +49,7 @@ COMPILED = """\
 `torch.compile(fullgraph=True)`, the plain one as well, {rounds} rounds. Compiled code runs what
 stands between the products in few passes, so that time goes by operations more closely. Its sizes
 are fixed: it computes ceil(B·p) samples of each branch, B·p being the ideal's. "batch" is not here:
-the graph breaks where it draws. *not compiled* is the plain network's step without compiling.
-In ConvNeXt the convolutions, nearly all depthwise, take 23 % of the compiled step (profiled) and a
-few per cent of the operations, most of it in the early stages."""
+the graph breaks where it draws. *not compiled* is the plain network's step without compiling."""
 AS_IT_IS = """\
 `--malloc-as-it-is`, {rounds} rounds: the C library gives freed memory back, as it does without
 being told otherwise, and each page that a step takes anew costs a fault. The plain network takes
