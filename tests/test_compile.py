@@ -177,7 +177,9 @@ def test_compiled_masks_are_of_the_right_mean(mode: str) -> None:
     assert layer.drop_prob == pytest.approx(0.95)
 
 
-def compare(compiled: Callable[..., Any], net: nn.Module, x: Tensor, tolerance: float) -> Tensor:
+def assert_alike(
+    compiled: Callable[..., Any], net: nn.Module, x: Tensor, tolerance: float
+) -> Tensor:
     """Compare values and gradients of the compiled and the eager network; return the output."""
     results: list[list[Tensor | None]] = []
     for run in (compiled, net):
@@ -212,7 +214,7 @@ def test_seeded_draws_are_the_same_compiled(mode: str, build: Callable[[], nn.Mo
     x = torch.randn(64, *shape, dtype=torch.float64)  # the break-even of a full batch
     outputs = []
     for _ in range(3):
-        outputs.append(compare(compiled, net, x, 1e-10))
+        outputs.append(assert_alike(compiled, net, x, 1e-10))
         schedule.step()
         draws.advance()
     assert not torch.allclose(outputs[-1], outputs[-2])  # another step draws otherwise
@@ -254,6 +256,6 @@ def test_inductor(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Non
     schedule = ds.SurvivalSchedule(net, lambda step: 0.5 + 0.1 * step)
     compiled = torch.compile(net, fullgraph=True)
     for batch in (16, 16, 13):
-        compare(compiled, net, torch.randn(batch, *shape), 1e-5)
+        assert_alike(compiled, net, torch.randn(batch, *shape), 1e-5)
         schedule.step()
         draws.advance()

@@ -197,8 +197,8 @@ class _Builder:
         self.made: dict[fx.Node, fx.Node] = {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.orders: dict[fx.Node, fx.Node] = {}
+        # By the ReLU of a sum: which sample stands first in it.
         self.starts: dict[fx.Node, fx.Node] = {}
-        self.turned: dict[fx.Node, fx.Node] = {}
         self.views: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -213,7 +213,7 @@ class _Builder:
         if node in self.program.calls or any(self.program.is_batch(call) for call in chain):
             return
         call = self.program.adds.get(node)
-        if node in self.turned:
+        if node in self.starts:
             self.made[node] = self._write_relu(node, chain)
         elif call is None:
             self.made[node] = self.graph.node_copy(node, lambda value: self.see(value, chain))
@@ -227,19 +227,18 @@ class _Builder:
             rows, order = self.rows[call], self.orders.get(call)
             arguments: list[Any] = [skip, branch, rows, axis, region.in_place]
             to = self._start(call, chain)
-            if to is not None:
-                self.turned[next(iter(region.add.users))] = to
             if order is not None or to is not None:
                 arguments += [order, to or 0]
             self.made[node] = self._function(add_rows, *arguments)
 
     def _write_relu(self, node: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Write a ReLU between two blocks."""
-        value, to = self.see(node.all_input_nodes[0], chain), self.turned[node]
+        value, to = self.see(node.all_input_nodes[0], chain), self.starts[node]
         if node.op == "call_module":
             return self._function(_relu, value, to, self.graph.get_attr(str(node.target)))
         in_place = node.target in (torch.relu_, "relu_") or True in node.args
-        return self._function(_relu, value, to, None, in_place or node.kwargs.get("inplace"))
+        in_place = bool(in_place or node.kwargs.get("inplace"))
+        return self._function(_relu, value, to, None, in_place)
 
     def see(self, value: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Return what a node inside the regions `chain` (outermost first) sees of a value."""
@@ -255,7 +254,7 @@ class _Builder:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
             axis = region.gathered[value]
             if value is self.program.fork(call)[0] and self._is_turned(call):
-                self.orders[call] = order = self._function(_order, rows, self.starts.get(call, 0))
+                self.orders[call] = order = self._function(_order, rows, self.starts.get(value, 0))
                 parts = self._function(split_rows, seen, rows, axis, order)
                 self._replace(value, outer, self._function(operator.getitem, parts, 0))
                 view = self._function(operator.getitem, parts, 1)
@@ -311,12 +310,13 @@ class _Builder:
         modules = [self.graph.get_attr(str(node.target)) for node in between]
         value, axis = next(iter(self.program.calls[call].gathered.items()))
         drawn = self._rows(value, axis, (*chain, after))
-        self.starts[after] = self._function(_first, self.rows[call], drawn, *modules)
-        return self.starts[after]
+        start = self._function(_first, self.rows[call], drawn, *modules)
+        self.starts[self.program.fork(after)[0]] = start
+        return start
 
     def _is_turned(self, call: fx.Node) -> bool:
         """Say whether a block's fork, or the gradient of its sum, may be turned around."""
-        turned = call in self.starts or self.program.follows(call) is not None
+        turned = self.program.fork(call)[0] in self.starts or self.program.follows(call) is not None
         return turned and self.program.alone(call)
 
     def _base(self, value: fx.Node) -> fx.Node:
@@ -402,7 +402,7 @@ def _relu(x: Tensor, to: Start, module: nn.Module | None, in_place: bool = False
     """Run the ReLU of a sum in which the sample `to` stands first; compiled, without its module."""
     if isinstance(to, Tensor):
         return rectify(x)
-    return F.relu(x, bool(in_place)) if module is None else module(x)
+    return F.relu(x, in_place) if module is None else module(x)
 
 
 def _transparent(module: nn.Module) -> bool:

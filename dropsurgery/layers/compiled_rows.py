@@ -35,7 +35,7 @@ def spread_window(
 ) -> Tensor:
     """Return a batch of zeros with the rows of a window in it, the sample `to` first."""
     start, count = window
-    spread: Tensor = _Spread.apply(part, *_numbers(batch, start - to, count), count, axis)
+    spread: Tensor = _Spread.apply(part, *_numbers(batch, start - to, count), axis)
     return spread
 
 
@@ -86,49 +86,34 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, index, places, ctx.axis = inputs
-        ctx.count = index.shape[0]
         ctx.save_for_backward(index, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        numbers = ctx.saved_tensors
-        return _Spread.apply(gradients[0], *numbers, ctx.count, ctx.axis), None, None, None
+        return _Spread.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_Take):
     """Rows, each where it came from, among zeros; backward: the chosen rows."""
 
     @staticmethod
-    def forward(part: Tensor, index: Tensor, places: Tensor, count: int, axis: int) -> Tensor:
+    def forward(part: Tensor, index: Tensor, places: Tensor, axis: int) -> Tensor:
+        count = index.shape[0]
         spread = part.index_select(axis, places.clamp(max=count - 1))
         return torch.where(along(places < count, spread, axis), spread, 0.0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, places, _, ctx.axis = inputs
-        ctx.save_for_backward(index, places)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        taken = _Take.apply(gradients[0], *ctx.saved_tensors, ctx.axis)
-        return taken, None, None, None, None
+        return _Take.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
 
 
-class _Turn(torch.autograd.Function):
+class _Turn(_Take):
     """All rows in another order; backward: in the order that they had."""
 
     @staticmethod
-    def forward(x: Tensor, index: Tensor, places: Tensor, axis: int) -> Tensor:
-        return x.index_select(axis, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, places, ctx.axis = inputs
-        ctx.save_for_backward(places, index)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _Turn.apply(gradients[0], *ctx.saved_tensors, ctx.axis), None, None, None
+        index, places = ctx.saved_tensors
+        return _Turn.apply(gradients[0], places, index, ctx.axis), None, None, None
 
 
 class _Rectify(torch.autograd.Function):
