@@ -27,7 +27,16 @@ from torch import nn
 
 import dropsurgery as ds
 from benchmarks.train_networks import NETWORKS, Step, inputs_of, retrofitted
-from benchmarks.train_step import BOTH_RATES, FINAL, keep, keep_freed, one_round, results
+from benchmarks.train_rounds import (
+    BOTH_RATES,
+    FINAL,
+    figures,
+    keep,
+    keep_freed,
+    one_round,
+    results,
+    several_rounds,
+)
 
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128) for name in NETWORKS]
 WARM_UP = 2
@@ -52,29 +61,22 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     steps["row 0.5"] = compiled(retrofitted(name, 0.5, "row"), inputs)
     for final in FINAL if batch in BOTH_RATES else FINAL[:1]:
         net = retrofitted(name, final, "subset")
-        torch.set_num_threads(2)  # of one thread it is another, in eager code alone
+        # Eager code on one thread masks some branches of small batches that compiled code does not.
+        torch.set_num_threads(2)
         ideals[f"subset {final}"] = ds.expected_compute(net, inputs[:1]).ratio
         torch.set_num_threads(1)
         steps[f"subset {final}"] = compiled(net, inputs)
     one_round(plain, steps)  # compiles, on every core that there is
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
-    for _ in range(WARM_UP):
-        one_round(plain, steps)
-    ratios: dict[str, list[float]] = {key: [] for key in steps}
-    seconds = []
-    for _ in range(rounds):
-        own, of_round = one_round(plain, steps)
-        seconds.append(own)
-        for key, ratio in of_round.items():
-            ratios[key].append(ratio)
+    several_rounds(plain, steps, WARM_UP)
+    seconds, ratios = several_rounds(plain, steps, rounds)
     os.sched_setaffinity(0, cores)
     result: dict[str, Any] = {"plain, seconds": statistics.median(seconds), "rounds": rounds}
     for key, found in ratios.items():
-        ratio = statistics.median(found)
-        result[key] = {"ratio": ratio, "low": min(found), "high": max(found)}
+        entry = result[key] = figures(found)
         if key in ideals:
-            result[key] |= {"ideal": ideals[key], "against ideal": ratio / ideals[key]}
+            entry |= {"ideal": ideals[key], "against ideal": entry["ratio"] / ideals[key]}
     return result
 
 

@@ -231,7 +231,7 @@ def within(
     }
     if not over:
         return []
-    met = sum(round(value, 3) <= limit for value in over.values())
+    met = sum(value <= limit for value in over.values())
     each = ", ".join(f"{case} {value:.3f}" for case, value in over.items())
     return [
         f"- {title}, subset over ideal{by} at p_L = 0.5, batch 64 and more: {met} of {len(over)} "

@@ -23,10 +23,7 @@ Each case is written to docs/train_step.json when it is done.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -50,60 +47,24 @@ from benchmarks.train_networks import (
     where_of,
     without,
 )
+from benchmarks.train_rounds import (
+    BOTH_RATES,
+    FINAL,
+    RESULTS,
+    figures,
+    keep,
+    keep_freed,
+    one_round,
+    results,
+    several_rounds,
+)
 from dropsurgery.graph.module import called_module, graphs
 
-RESULTS = Path("docs/train_step.json")
 MODES = ("row", "subset", "batch")
-FINAL = (0.5, 0.8)
-
-
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128, 32) for name in NETWORKS]
-# What tells glibc to keep freed memory, and oneDNN to keep what it compiled for each shape: it does
-# for 1,024 of them, which one network with a subset stays below and ten of them do not.
-KEEPS = "MALLOC_TRIM_THRESHOLD_"
-KEEP_FREED = {
-    KEEPS: "4000000000",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
-    # Huge pages, or it hangs on what ran before whether a network's memory is in some.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 # Whose contenders need more than 20 GiB together, where each keeps its memory.
 TIGHT = ("resnet50:128", "convnext_tiny:128", "swin_tiny:128")
 WARM_UP = 3
-# So many steps share the plain ones before and after them.
-TOGETHER = 3
-# At these batch sizes both rates are measured, at the others p_L = 0.5 alone.
-BOTH_RATES = (16, 64)
-
-
-def one_round(
-    plain: Step, steps: dict[str, Step], tight: bool = False
-) -> tuple[float, dict[str, float]]:
-    """Run every step; return the plain one's seconds, and each over the plain ones around it.
-
-    Args:
-        plain: the step to compare with.
-        steps: the others.
-        tight: give memory back after each step, or so many of them together do not fit.
-    """
-
-    def run(step: Step) -> float:
-        seconds = step()
-        if tight:
-            step.optimizer.zero_grad()
-            ctypes.CDLL(None).malloc_trim(0)
-        return seconds
-
-    ratios = {}
-    keys, before = list(steps), run(plain)
-    for start in range(0, len(keys), TOGETHER):
-        seconds = {key: run(steps[key]) for key in keys[start : start + TOGETHER]}
-        after = run(plain)
-        ratios.update({key: 2.0 * own / (before + after) for key, own in seconds.items()})
-        before = after
-    return before, ratios
 
 
 class Bench:
@@ -203,11 +164,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
         },
     }
     for key, own in ratios.items():
-        entry = result[key] = {
-            "ratio": statistics.median(own),
-            "low": min(own),
-            "high": max(own),
-        }
+        entry = result[key] = figures(own)
         if key not in runs:
             continue
         expected = {site.path: site.run for site in bench.computes[key].sites}
@@ -382,19 +339,8 @@ def break_even(name: str, batch: int, rounds: int) -> dict[str, Any]:
             ideals[key] = ds.expected_compute(net, inputs[:1]).ratio
     plain = Step(NETWORKS[name][0](), inputs)
     one_round(plain, steps)
-    ratios: dict[str, list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, ratio in one_round(plain, steps)[1].items():
-            ratios[key].append(ratio)
-    return {
-        key: {
-            "ratio": statistics.median(own),
-            "ideal": ideals[key],
-            "low": min(own),
-            "high": max(own),
-        }
-        for key, own in ratios.items()
-    }
+    _, ratios = several_rounds(plain, steps, rounds)
+    return {key: {**figures(own), "ideal": ideals[key]} for key, own in ratios.items()}
 
 
 # Smaller batches
@@ -415,38 +361,6 @@ def by_batch(name: str, rounds: int) -> dict[str, float]:
     whole = {size: 64 if size >= 32 else 16 for size in SIZES}
     middle = {size: statistics.median(own) for size, own in times.items()}
     return {str(size): middle[size] / middle[whole[size]] for size in SIZES}
-
-
-# Results
-
-
-def results() -> dict[str, Any]:
-    """Return what was measured so far."""
-    document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return document
-
-
-def keep(section: str, key: str, value: Any) -> None:
-    """Write one result into the file of results."""
-    document = results()
-    document.setdefault(section, {})[key] = value
-    document["about"] = (
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        "one thread, float32"
-    )
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def keep_freed() -> None:
-    """Start this process anew so that the C library keeps freed memory, unless it does.
-
-    Or it gives it back, when depends on what ran before, and every page of it costs a fault: up to
-    a third of a step of the plain ResNet-110, or nothing.
-    """
-    if not os.environ.get(KEEPS):
-        os.execve(
-            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED}
-        )
 
 
 def main() -> None:
