@@ -38,22 +38,24 @@ def test_rows_keep_the_memory_format(window: tuple[int, int], form: str) -> None
     torch.testing.assert_close(total, expected)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("in_place", "over"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 1)])
-def test_masked_sums(shape: tuple[int, ...], in_place: bool) -> None:
+def test_masked_sums(shape: tuple[int, ...], in_place: bool, over: bool) -> None:
     torch.manual_seed(0)
     mask = torch.tensor([1.7, 0.0, 1.7, 0.0])
     skip = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     branch = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 5, dtype=torch.float64)
     expected = skip + branch * mask.double()[:, None, None]
-    found = add_rows(skip * 1.0, branch, Rows(mask=mask), 0, in_place)
+    part = branch * 1.0
+    found = add_rows(skip * 1.0, part, Rows(mask=mask), 0, in_place, over=over)
+    assert (found.data_ptr() == part.data_ptr()) == (over and shape == found.shape)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     for leaf in (skip, branch):
         (gradient,) = torch.autograd.grad((found * weight).sum(), leaf, retain_graph=True)
         (right,) = torch.autograd.grad((expected * weight).sum(), leaf, retain_graph=True)
         torch.testing.assert_close(gradient, right, rtol=1e-13, atol=1e-13)
-    half = add_rows(skip.detach().float(), branch.detach().bfloat16(), Rows(mask=mask))
+    half = add_rows(skip.detach().float(), branch.detach().bfloat16(), Rows(mask=mask), over=over)
     assert half.dtype == torch.float32
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import dropsurgery as ds
 from dropsurgery.errors import ArgumentError
+from dropsurgery.layers.compiled_rows import take_window
 from dropsurgery.layers.rows import Rows
 from tests.helpers import randomize
 from tests.saved_work_helpers import (
@@ -619,6 +620,42 @@ def test_rates_at_the_ends(p: float) -> None:
             torch.testing.assert_close(output, net.eval()(x))
 
 
+class Normalized(nn.Module):
+    def __init__(self, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.last = last or nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.two(torch.tanh(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    ("last", "over"),
+    [(nn.BatchNorm2d(2), True), (nn.Conv2d(2, 2, 1), True), (nn.Sigmoid(), False)],
+)
+def test_a_masked_sum_is_written_over_its_branch(
+    last: nn.Module, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the backward asks for the branch, as that of a sigmoid does, or a hook may."""
+    net = insert(nn.Sequential(Normalized(last), nn.Identity()).double(), "subset", break_even=1.0)
+    x = torch.randn(9, 2, 4, 4, dtype=torch.float64)
+    with monkeypatch.context() as patch:
+        assert_runs_as_masked(net, (x,), patch)
+    made: list[Tensor] = []
+    forward = type(last).forward
+
+    def watched(layer: nn.Module, value: Tensor) -> Tensor:
+        made.append(forward(layer, value))
+        return made[-1]
+
+    monkeypatch.setattr(type(last), "forward", watched)
+    assert (net.train()(x).data_ptr() == made[-1].data_ptr()) == over
+    seen: list[Tensor] = []
+    net.get_submodule("0.last").register_forward_hook(lambda m, args, out: seen.append(out))
+    assert net(x).data_ptr() != seen[0].data_ptr()
+
+
 # Samples that are turned around between two blocks
 
 
@@ -702,6 +739,88 @@ def test_another_module_in_the_place_of_the_relu_is_run(
         assert torch.equal(net(x), x)
     assert len(seen) == 5
     assert all(torch.equal(value, x) for value in seen)
+
+
+class Narrowed(nn.Module):
+    """A block with a projection on its skip."""
+
+    def __init__(self, down: Callable[[], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(2, 2, 3, padding=1)
+        self.two = nn.Conv2d(2, 2, 3, padding=1)
+        projection = nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)
+        self.down = down() if down else nn.Sequential(nn.AvgPool2d(1), *projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(torch.tanh(self.one(x)))
+        return F.relu(y + self.down(x), inplace=True)
+
+
+def narrowed(*downs: Callable[[], nn.Module] | None) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(nn.Sequential(*(Narrowed(down) for down in downs))).double()
+
+
+def test_sums_before_a_projection_are_turned_around_if_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        taken.append(len(x))
+        return take_window(x, *rest)
+
+    monkeypatch.setattr("dropsurgery.layers.rows.take_window", counted)
+    net = insert(narrowed(nn.Identity, None, None, nn.Identity), "subset")
+    assert turned(net) == 3
+    x = torch.randn(9, 2, 4, 4, dtype=torch.float64)
+    with monkeypatch.context() as patch:
+        as_windows(patch)
+        assert_runs_as_masked(net, (x,), patch)
+    assert not taken
+    as_traced(monkeypatch)
+    assert_runs_as_masked(net, (x,), monkeypatch)
+    assert taken == [9]  # of the first block alone
+
+
+@pytest.mark.parametrize("down", [nn.Dropout2d, nn.Sigmoid, lambda: nn.GroupNorm(1, 2)])
+def test_other_skips_are_left_in_their_order(
+    down: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = insert(narrowed(nn.Identity, down), "subset")
+    assert turned(net) == 0
+    as_traced(monkeypatch)
+    assert_runs_as_masked(net, (torch.randn(9, 2, 4, 4, dtype=torch.float64),), monkeypatch)
+
+
+def test_a_hook_on_a_projection_sees_the_samples_as_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    as_traced(monkeypatch)
+    net = insert(narrowed(nn.Identity, None), "subset").train()
+    for block in net.children():
+        nn.init.zeros_(block.two.weight)
+        nn.init.zeros_(block.two.bias)
+    x = torch.rand(9, 2, 4, 4, dtype=torch.float64)
+    calls: list[Tensor] = []
+    batch_norm = nn.BatchNorm2d.forward
+
+    def watched(layer: nn.BatchNorm2d, value: Tensor) -> Tensor:
+        calls.append(value)
+        return batch_norm(layer, value)
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", watched)
+    pooled = net.get_submodule("1.down.0")
+    hook = pooled.register_forward_hook(lambda m, args, out: None)
+    for _ in range(5):
+        net(x)
+    assert len(calls) == 5
+    assert all(torch.equal(value, calls[0]) for value in calls)
+    hook.remove()
+    for _ in range(5):
+        net(x)
+    # What is told apart is there: without a hook the samples stand otherwise.
+    assert not all(torch.equal(value, calls[0]) for value in calls)
 
 
 def test_rows_behind_a_relu_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,11 @@ ITSELF = "_itself"
 # What may stand between two blocks whose samples are turned around. It keeps its result for the
 # backward: a view of some rows then costs no memory, where a copy of them would.
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+# What may stand on the skip of such a block in compiled code: in which order the samples come is
+# nothing to them. In eager code the gradient that comes back through them would have to be turned.
+_PROJECTIONS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
+# What makes a tensor that the backward of none of them asks for: it may be written over.
+_FORGOTTEN = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 
 
 def lower(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph | None:
@@ -146,17 +151,24 @@ class _Program:
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return type(self.module.get_submodule(str(node.target))) is nn.ReLU
+            return self._type(node) is nn.ReLU
         return node.target in _RELU
 
     def fork(self, call: fx.Node) -> tuple[fx.Node, ...]:
-        """Return what a block's skip leads from, and the identities on the way."""
+        """Return what a block's skip leads from, and the identities and projections on the way."""
         way: tuple[fx.Node, ...] = (self.calls[call].skip,)
         while way[0].op == "call_module" and len(way[0].users) == 1:
-            if type(self.module.get_submodule(str(way[0].target))) is not nn.Identity:
+            if self._type(way[0]) not in (nn.Identity, *_PROJECTIONS):
                 break
             way = (way[0].all_input_nodes[0], *way)
         return way
+
+    def projects(self, call: fx.Node) -> bool:
+        """Say whether there is more than identities on a block's skip."""
+        return any(self._type(node) is not nn.Identity for node in self.fork(call)[1:])
+
+    def _type(self, node: fx.Node) -> type:
+        return type(self.module.get_submodule(str(node.target)))
 
     def alone(self, call: fx.Node) -> bool:
         """Say whether the rows of a branch and its add alone read the fork, as it is."""
@@ -164,10 +176,17 @@ class _Program:
         readers, order = {*self.inside[call], *way[1:], region.add}, self.memory.order
         if self.is_batch(call) or region.in_place or not readers.issuperset(way[0].users):
             return False
-        if region.gathered.get(way[0]) != self.layer(call).axis:
+        axis = region.gathered.get(way[0])
+        if axis != self.layer(call).axis or (axis != 0 and self.projects(call)):
             return False
         group = self.memory.group(way[0])
         return not any(n in self.memory.writes and order[n] > order[way[0]] for n in group)
+
+    def maker(self, call: fx.Node) -> fx.Node | None:
+        """Return what makes a branch that nothing asks for once it is added, where that is so."""
+        branch = self.calls[call].branch
+        made = branch.op == "call_module" and self._type(branch) in _FORGOTTEN
+        return branch if made and set(branch.users) == {call} else None
 
     def is_batch(self, call: fx.Node) -> bool:
         """Say whether a call drops whole mini-batches."""
@@ -229,7 +248,12 @@ class _Builder:
             to = self._start(call, chain)
             if order is not None or to is not None:
                 arguments += [order, to or 0]
-            self.made[node] = self._function(add_rows, *arguments)
+            maker = self.program.maker(call)
+            if maker is None:
+                self.made[node] = self._function(add_rows, *arguments)
+            else:
+                layer = self.graph.get_attr(str(maker.target))
+                self.made[node] = self._function(_add_over, layer, *arguments)
 
     def _write_relu(self, node: fx.Node, chain: tuple[fx.Node, ...]) -> fx.Node:
         """Write a ReLU between two blocks."""
@@ -254,7 +278,8 @@ class _Builder:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
             axis = region.gathered[value]
             if value is self.program.fork(call)[0] and self._is_turned(call):
-                self.orders[call] = order = self._function(_order, rows, self.starts.get(value, 0))
+                first, projects = self.starts.get(value, 0), self.program.projects(call)
+                self.orders[call] = order = self._function(_order, rows, first, projects)
                 parts = self._function(split_rows, seen, rows, axis, order)
                 self._replace(value, outer, self._function(operator.getitem, parts, 0))
                 view = self._function(operator.getitem, parts, 1)
@@ -310,7 +335,8 @@ class _Builder:
         modules = [self.graph.get_attr(str(node.target)) for node in between]
         value, axis = next(iter(self.program.calls[call].gathered.items()))
         drawn = self._rows(value, axis, (*chain, after))
-        start = self._function(_first, self.rows[call], drawn, *modules)
+        projects = self.program.projects(after)
+        start = self._function(_first, self.rows[call], drawn, projects, *modules)
         self.starts[self.program.fork(after)[0]] = start
         return start
 
@@ -379,23 +405,31 @@ def _draw_rows(layer: DropPath, x: Tensor, axis: int, pixelwise: bool) -> Rows |
     return layer.rows(x, axis, pixelwise)
 
 
-def _order(rows: Rows | None, first: Start) -> Order | Tensor | None:
+def _order(rows: Rows | None, first: Start, projects: bool) -> Order | Tensor | None:
     if isinstance(first, Tensor):
         return first
-    return None if rows is None or rows.window is None else Order(first)
+    return None if projects or rows is None or rows.window is None else Order(first)
 
 
-def _first(rows: Rows | None, following: Rows | None, *between: nn.Module) -> Start:
+def _first(rows: Rows | None, following: Rows | None, projects: bool, *between: nn.Module) -> Start:
     """Return the sample that is to stand first in a sum.
 
     A hook on a module between the blocks is shown the samples as they stand in the batch, and a
     module that was put there later is shown them so too.
+
+    Args:
+        rows: what was drawn for the block of the sum.
+        following: what was drawn for the next block.
+        projects: whether that one has a projection on its skip.
+        between: the modules on the way, and on that skip.
     """
     if rows is None or following is None or not all(map(_transparent, between)):
         return 0
     if following.traced is not None:
         return following.traced[0]
-    return following.window[0] if rows.window is not None and following.window is not None else 0
+    if projects or rows.window is None or following.window is None:
+        return 0
+    return following.window[0]
 
 
 def _relu(x: Tensor, to: Start, module: nn.Module | None, in_place: bool = False) -> Tensor:
@@ -406,10 +440,21 @@ def _relu(x: Tensor, to: Start, module: nn.Module | None, in_place: bool = False
 
 
 def _transparent(module: nn.Module) -> bool:
-    """Say whether a module between two blocks is what it was, and nobody looks into it."""
+    """Say whether samples may go through a module in any order, and nobody looks into it."""
+    return type(module) in (nn.ReLU, nn.Identity, *_PROJECTIONS) and not _hooked(module)
+
+
+def _add_over(
+    maker: nn.Module, skip: Tensor, branch: Tensor, rows: Rows | None, *rest: Any
+) -> Tensor:
+    """Add the rows of a branch that nothing asks for afterwards, but for a hook on its maker."""
+    over = type(maker) in _FORGOTTEN and not _hooked(maker)
+    return add_rows(skip, branch, rows, *rest, over=over)
+
+
+def _hooked(module: nn.Module) -> bool:
     backward = module._backward_hooks or module._backward_pre_hooks
-    hooked = module._forward_hooks or module._forward_pre_hooks or backward
-    return type(module) in (nn.ReLU, nn.Identity) and not hooked
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:

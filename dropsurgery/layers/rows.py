@@ -127,6 +127,8 @@ def add_rows(
     in_place: bool = False,
     order: Order | Tensor | None = None,
     to: Start = 0,
+    *,
+    over: bool = False,
 ) -> Tensor:
     """Return skip + branch, where the branch was computed for the chosen rows.
 
@@ -139,13 +141,18 @@ def add_rows(
         in_place: write the sum into `skip`.
         order: what `split_rows` got, where `skip` is its first result.
         to: the sample that is to stand first in the sum; for a window, and in compiled code.
+        over: the sum may be written over the branch.
     """
     if rows is None:
         return skip.add_(branch) if in_place else skip + branch
     if rows.mask is not None:
         mask = along(rows.mask, branch, axis).to(branch.dtype)
         if skip.shape == branch.shape and skip.dtype == branch.dtype:  # no product of its own
-            total = skip.addcmul_(branch, mask) if in_place else torch.addcmul(skip, branch, mask)
+            if over and not in_place and not torch.compiler.is_compiling():
+                total = _AddMasked.apply(branch, skip, mask)
+            else:
+                add = Tensor.addcmul_ if in_place else torch.addcmul
+                total = add(skip, branch, mask)
         else:
             total = skip.add_(branch * mask) if in_place else skip + branch * mask
         return turn(total, axis, 0, to)
@@ -260,6 +267,28 @@ class _AddRows(torch.autograd.Function):
         if ctx.order is None and ctx.to and ctx.needs_input_grad[0]:
             skip = _window(gradient, (0, ctx.batch), axis, ctx.to)
         return skip, branch, None, None, None, None, None
+
+
+class _AddMasked(torch.autograd.Function):
+    """skip + mask · branch, written over the branch, as networks do whose blocks end in `+=`.
+
+    A sum of its own is a tensor more to be written to memory that no cache holds.
+    """
+
+    @staticmethod
+    def forward(branch: Tensor, skip: Tensor, mask: Tensor) -> Tensor:
+        return torch.addcmul(skip, branch, mask, out=branch)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        branch, _, mask = inputs
+        ctx.mark_dirty(branch)
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return gradients[0] * mask, gradients[0], None
 
 
 # Between the operations of a branch the caches are cold, and a call from Python costs many times
