@@ -133,7 +133,12 @@ def dinov2(module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(layer, ds.DropPath):
             layer.rows = lambda x, *_, layer=layer: dinov2_rows(layer, x)  # type: ignore
             layer.mode = "subset"
-    names = {"take_rows": dinov2_take, "split_rows": dinov2_split, "add_rows": dinov2_add}
+    names = {
+        "take_rows": dinov2_take,
+        "split_rows": dinov2_split,
+        "add_rows": dinov2_add,
+        "_add_over": lambda _, *operands: dinov2_add(*operands),
+    }
     previous = {name: getattr(lower, name) for name in names}
     for name, function in names.items():
         setattr(lower, name, function)
