@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dropsurgery as ds
+from benchmarks.train_networks import dinov2
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.compiled_rows import take_window
 from dropsurgery.layers.rows import Rows
@@ -654,6 +655,19 @@ def test_a_masked_sum_is_written_over_its_branch(
     seen: list[Tensor] = []
     net.get_submodule("0.last").register_forward_hook(lambda m, args, out: seen.append(out))
     assert net(x).data_ptr() != seen[0].data_ptr()
+
+
+@pytest.mark.parametrize("block", [Normalized, Mlp])
+def test_the_reference_of_the_benchmark_draws_and_adds_in_its_own_way(
+    block: Callable[[], nn.Module],
+) -> None:
+    shape = (10, 6) if block is Mlp else (10, 2, 4, 4)
+    net = dinov2(insert(nn.Sequential(block()).double(), "subset", 0.5)).train()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = net(x)
+    assert sum(torch.equal(own, before) for own, before in zip(y, x, strict=True)) == 5
+    y.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 # Samples that are turned around between two blocks
