@@ -16,7 +16,7 @@ from dropsurgery.layers.rows import Rows
 
 def as_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let rows be windows of the batch, however small its tensors."""
-    monkeypatch.setattr("dropsurgery.layers.drop_path._SMALL", 0)
+    monkeypatch.setattr("dropsurgery.layers.drop_path.SMALL", 0)
 
 
 def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -639,6 +639,7 @@ def test_a_masked_sum_is_written_over_its_branch(
     last: nn.Module, over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the backward asks for the branch, as that of a sigmoid does, or a hook may."""
+    monkeypatch.setattr("dropsurgery.layers.rows.SMALL", 0)
     net = insert(nn.Sequential(Normalized(last), nn.Identity()).double(), "subset", break_even=1.0)
     x = torch.randn(9, 2, 4, 4, dtype=torch.float64)
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dropsurgery.errors import ArgumentError
 from dropsurgery.layers.compiled_rows import along
 from dropsurgery.layers.draws import Draws
-from dropsurgery.layers.rows import Rows
+from dropsurgery.layers.rows import SMALL, Rows
 from dropsurgery.survival import check_probability
 
 Mode = Literal["row", "subset", "batch"]
@@ -29,10 +29,9 @@ BREAK_EVEN_BELOW = 0.3
 _PARTS = 1 << 16
 # So few rows are not made fewer by leaving out one that does not count: BatchNorm needs two.
 _FEWEST = 2
-# So many elements or fewer, in a small batch: calls from Python take longer than to copy them. A
-# quarter of it in a larger one, whose copies are kept for the backward.
-_SMALL = 1 << 18
-_SMALL_BATCH = 32
+# In a batch as large as this the copies that an index makes are kept for the backward: it is taken
+# for a quarter of what is SMALL.
+_LARGE_BATCH = 32
 
 
 def check_mode(mode: str) -> Mode:
@@ -152,7 +151,7 @@ class DropPath(nn.Module):
             if self.mode != "subset" or self.run(batch, pixelwise and cpu) == batch:
                 return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
             first, count, last = self._window(batch)
-            small = _SMALL if batch < _SMALL_BATCH else _SMALL // 4
+            small = SMALL if batch < _LARGE_BATCH else SMALL // 4
             if not cpu or x.numel() > small:
                 return Rows(last=last, scale=scale, window=(first, count))
             index = torch.arange(first, first + count)

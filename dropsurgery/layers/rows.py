@@ -20,6 +20,10 @@ from torch import Tensor
 from dropsurgery.layers.compiled_rows import Start, along, spread_window, take_window, turn
 
 
+# A tensor of so many elements or fewer: calls from Python take longer than to copy it.
+SMALL = 1 << 18
+
+
 class Rows(NamedTuple):
     """Which samples a branch is computed for, and how it counts.
 
@@ -141,14 +145,15 @@ def add_rows(
         in_place: write the sum into `skip`.
         order: what `split_rows` got, where `skip` is its first result.
         to: the sample that is to stand first in the sum; for a window, and in compiled code.
-        over: the sum may be written over the branch.
+        over: a masked sum may be written over the branch, where that saves time.
     """
     if rows is None:
         return skip.add_(branch) if in_place else skip + branch
     if rows.mask is not None:
         mask = along(rows.mask, branch, axis).to(branch.dtype)
         if skip.shape == branch.shape and skip.dtype == branch.dtype:  # no product of its own
-            if over and not in_place and not torch.compiler.is_compiling():
+            over = over and branch.numel() > SMALL and not torch.compiler.is_compiling()
+            if over and not in_place:
                 total = _AddMasked.apply(branch, skip, mask)
             else:
                 add = Tensor.addcmul_ if in_place else torch.addcmul
