@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dropsurgery.layers.compiled_rows import Start, along, spread_window, take_window, turn
 
-
 # A tensor of so many elements or fewer: calls from Python take longer than to copy it.
 SMALL = 1 << 18
 
