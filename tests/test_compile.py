@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dropsurgery as ds
@@ -218,6 +218,50 @@ def test_seeded_draws_are_the_same_compiled(mode: str, build: Callable[[], nn.Mo
         schedule.step()
         draws.advance()
     assert not torch.allclose(outputs[-1], outputs[-2])  # another step draws otherwise
+
+
+@pytest.mark.parametrize(("threads", "few"), [(1, True), (2, False)])
+def test_convolutions_of_one_pixel_are_not_given_few_samples(
+    threads: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one thread torch computes fewer than 16 of them more slowly, compiled too."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    net = ds.retrofit(nn.Sequential(Pixels()), 0.8, mode="subset").train()
+    counts: list[int] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            seen = Seen(module)
+            result = seen.run(*values)
+            counts.append(seen.count)
+            return result
+
+        return run
+
+    for batch in (16, 64, 8):
+        torch._dynamo.reset()
+        torch.compile(net, backend=backend, fullgraph=True)(torch.randn(batch, 4, 5, 5))
+    assert counts == [16 if few else 13, 52, 7]
+
+
+class Seen(fx.Interpreter):
+    """Notes how many samples the convolution gets."""
+
+    count = 0
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "conv2d" in str(target):
+            self.count = len(args[0])
+        return super().call_function(target, args, kwargs)
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x).tanh()
 
 
 class Small(nn.Module):

@@ -34,6 +34,14 @@ _FEWEST = 2
 _LARGE_BATCH = 32
 
 
+def _one_thread() -> bool:
+    return torch.get_num_threads() == 1
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler: it is asked once.
+_one_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_mode(mode: str) -> Mode:
     """Return `mode`, or raise where it names no way of drawing."""
     if mode not in get_args(Mode):
@@ -70,12 +78,11 @@ class DropPath(nn.Module):
             to go together, which in a shuffled batch is a random subset. Where that never leaves
             out a sample, and for a `drop_prob` below the break-even, it draws like "row".
         axis: where the batch is.
-        break_even: for "subset", the drop probability from which on it saves time. Eager code on
-            one thread raises it to 0.3 where a branch with convolutions of one pixel would get
-            fewer than 16 samples of 16 or more: torch computes these more slowly. Compiled code
-            goes by `break_even` alone. The default was measured on one core with eager code, on a
-            network of cheap branches (`benchmarks/train_step.py --break-even`); 0 takes a subset
-            always.
+        break_even: for "subset", the drop probability from which on it saves time. On one thread
+            it is raised to 0.3 where a branch with convolutions of one pixel would get fewer than
+            16 samples of 16 or more: torch computes these more slowly. The default was measured on
+            one core with eager code, on a network of cheap branches
+            (`benchmarks/train_step.py --break-even`); 0 takes a subset always.
 
     Attributes:
         peak: the largest drop probability that the layer was given. Compiled code takes a subset
@@ -156,9 +163,10 @@ class DropPath(nn.Module):
                 return Rows(last=last, scale=scale, window=(first, count))
             index = torch.arange(first, first + count)
             return Rows(index.remainder_(batch), last=last, scale=scale)
-        # Compiled, a question about the rate or the batch would be a guard, and each site would
-        # have code compiled again where its answer changes. A subset of all B rows is right too.
-        if self.mode != "subset" or self.peak < self.break_even:
+        # Compiled, a question about the rate would be a guard, and each site would have code
+        # compiled again where its answer changes. A subset of all B rows is right too.
+        pixelwise &= x.device.type == "cpu"
+        if self.mode != "subset" or self.below_break_even(batch, pixelwise, self.peak):
             return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         count = self._count_compiled(batch)
         start, chance = self._numbers_compiled(x.device)
@@ -175,17 +183,23 @@ class DropPath(nn.Module):
             count, last = count - 1, True
         return (first if count < batch else 0), count, last
 
-    def below_break_even(self, batch: int, pixelwise: bool = False) -> bool:
-        """Say whether a subset of a batch costs more than it saves, in eager code.
+    def below_break_even(
+        self, batch: int, pixelwise: bool = False, drop_prob: float | None = None
+    ) -> bool:
+        """Say whether a subset of a batch costs more than it saves.
 
         Args:
             batch: how many samples there are.
             pixelwise: whether the branch holds a convolution of one pixel, on a CPU.
+            drop_prob: at which rate; None for the layer's own.
         """
-        least = self.break_even
-        if pixelwise and least > 0.0 and self._most(batch) < ONEDNN_FROM <= batch:
-            least = max(least, BREAK_EVEN_BELOW if torch.get_num_threads() == 1 else 0.0)
-        return self.drop_prob < least
+        rate = self.drop_prob if drop_prob is None else drop_prob
+        if rate < self.break_even:
+            return True
+        if not pixelwise or self.break_even == 0.0 or rate >= BREAK_EVEN_BELOW:
+            return False
+        few = batch * (1.0 - rate) <= ONEDNN_FROM - 1 + 1e-9
+        return few and batch >= ONEDNN_FROM and _one_thread()
 
     def count(self, batch: int, pixelwise: bool = False) -> int:
         """Return for how many samples of a batch at most the branch is computed in training."""
