@@ -317,7 +317,7 @@ def memory(cases: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # Break-even
 
-RATES = {"resnet110": (0.05, 0.1, 0.15, 0.2, 0.3)}
+RATES = {"resnet110": (0.05, 0.1, 0.15, 0.2, 0.3), "resnet50": (0.05, 0.1, 0.3, 0.4, 0.5)}
 OTHER_RATES = (0.05, 0.1)
 
 

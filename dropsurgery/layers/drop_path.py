@@ -24,7 +24,7 @@ BREAK_EVEN = 0.1
 # it computes them by itself, and takes half as long again for each. A batch that was above and a
 # subset that is below pay from here on, as ResNet-50 does.
 ONEDNN_FROM = 16
-BREAK_EVEN_BELOW = 0.3
+BREAK_EVEN_BELOW = 0.45
 # Compiled, how many rows a branch gets is reckoned with the survival probability in such parts.
 _PARTS = 1 << 16
 # So few rows are not made fewer by leaving out one that does not count: BatchNorm needs two.
@@ -79,7 +79,7 @@ class DropPath(nn.Module):
             out a sample, and for a `drop_prob` below the break-even, it draws like "row".
         axis: where the batch is.
         break_even: for "subset", the drop probability from which on it saves time. On one thread
-            it is raised to 0.3 where a branch with convolutions of one pixel would get fewer than
+            it is raised to 0.45 where a branch with convolutions of one pixel would get fewer than
             16 samples of 16 or more: torch computes these more slowly. The default was measured on
             one core with eager code, on a network of cheap branches
             (`benchmarks/train_step.py --break-even`); 0 takes a subset always.
