@@ -286,7 +286,7 @@ def by_batch_table(found: dict[str, Any]) -> str:
     about = (
         "The plain network's step, time a sample: 32 to 56 samples over 64, 8 to 14 over 16. Where "
         "this is above 1, a branch that is run for fewer samples saves less than its operations: "
-        "with 16 samples in ResNet-50 a subset of 8 to 14 gains nothing, whoever draws it."
+        "with 16 samples in ResNet-50 a subset of 8 to 14 gains little, whoever draws it."
     )
     return f"{about}\n\n{table(('network', *sizes), rows)}"
 

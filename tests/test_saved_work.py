@@ -633,7 +633,12 @@ class Normalized(nn.Module):
 
 @pytest.mark.parametrize(
     ("last", "over"),
-    [(nn.BatchNorm2d(2), True), (nn.Conv2d(2, 2, 1), True), (nn.Sigmoid(), False)],
+    [
+        (nn.BatchNorm2d(2), True),
+        (nn.Conv2d(2, 2, 1), True),
+        (nn.Linear(4, 4), True),
+        (nn.Sigmoid(), False),
+    ],
 )
 def test_a_masked_sum_is_written_over_its_branch(
     last: nn.Module, over: bool, monkeypatch: pytest.MonkeyPatch
@@ -656,6 +661,26 @@ def test_a_masked_sum_is_written_over_its_branch(
     seen: list[Tensor] = []
     net.get_submodule("0.last").register_forward_hook(lambda m, args, out: seen.append(out))
     assert net(x).data_ptr() != seen[0].data_ptr()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
+def test_known_networks_are_masked_over_their_branches(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dropsurgery.layers.rows.SMALL", 0)
+    model = randomize(getattr(torchvision.models, name)(num_classes=5)).double()
+    net = insert(model, "subset", break_even=1.0)
+    assert "_add_over" in net.running_code
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with monkeypatch.context() as patch:
+        assert_runs_as_masked(net, (x,), patch)
+    net.float().train()
+    for format in (torch.contiguous_format, torch.channels_last):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(x.float().to(memory_format=format)).float().sum()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("block", [Normalized, Mlp])
