@@ -64,7 +64,8 @@ def ideal_of(net: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple
     for site in compute.sites:
         layer = net.get_submodule(site.path)
         assert isinstance(layer, ds.DropPath)
-        saved += site.flops * (1.0 - layer.count(batch) / batch)
+        if site.run < 1.0:  # or it is masked
+            saved += site.flops * (1.0 - layer.count(batch) / batch)
     return compute.ratio, 1.0 - saved / compute.total
 
 

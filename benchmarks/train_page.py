@@ -46,7 +46,7 @@ head, optimiser) is never saved. The time of a stage's branches is the plain ste
 same network that never runs them."""
 COMPILED = """\
 `python -m benchmarks.train_compiled`: the same with every network compiled by
-`torch.compile(fullgraph=True)`, the plain one as well, {rounds} rounds in one to three processes.
+`torch.compile(fullgraph=True)`, the plain one as well, {rounds} rounds in one to four processes.
 Compiled code runs what stands between the products in few passes, so that time goes by operations
 more closely. Its sizes are fixed: it computes ceil(B·p) samples of each branch, B·p being the
 ideal's; *computed* is the share of operations with these. "batch" is not here: the graph breaks
