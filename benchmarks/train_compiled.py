@@ -32,9 +32,11 @@ import torch
 from torch import nn
 
 import dropsurgery as ds
-from benchmarks.train_networks import NETWORKS, Step, inputs_of, retrofitted
+from benchmarks.train_networks import NETWORKS, Step, inputs_of, retrofitted, share_run
 from benchmarks.train_rounds import (
+    AS_IT_IS,
     BOTH_RATES,
+    COMPILED,
     FINAL,
     figures,
     keep,
@@ -46,8 +48,6 @@ from benchmarks.train_rounds import (
 
 CASES = [f"{name}:{batch}" for batch in (64, 16, 128) for name in NETWORKS]
 WARM_UP = 2
-# The sections of docs/train_step.json.
-COMPILED, AS_IT_IS = "compiled", "compiled, malloc as it is"
 
 
 def compiled(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Step:
@@ -60,13 +60,13 @@ def compiled(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> St
 def ideal_of(net: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
     """Return the share of operations that is run in expectation, and what compiled code runs."""
     compute = ds.expected_compute(net, inputs[:1])
-    batch, saved = compute.batch, 0.0
+    runs = {}
     for site in compute.sites:
         layer = net.get_submodule(site.path)
         assert isinstance(layer, ds.DropPath)
-        if site.run < 1.0:  # or it is masked
-            saved += site.flops * (1.0 - layer.count(batch) / batch)
-    return compute.ratio, 1.0 - saved / compute.total
+        masked = site.run == 1.0
+        runs[site.path] = 1.0 if masked else layer.count(compute.batch) / compute.batch
+    return compute.ratio, share_run(compute, runs)
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:

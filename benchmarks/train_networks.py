@@ -115,6 +115,12 @@ def without(name: str, stage: str) -> fx.GraphModule:
     return ds.apply(NETWORKS[name][0](), insertion).module
 
 
+def share_run(compute: ds.Compute, runs: dict[str, float]) -> float:
+    """Return the share of the forward's operations that is run, by the share of each site's."""
+    saved = sum(site.flops * (1.0 - runs[site.path]) for site in compute.sites)
+    return 1.0 - saved / compute.total
+
+
 def where_of(name: str, stage: str) -> Any:
     """Return the choice of the sites of a stage."""
     if name != "resnet110":

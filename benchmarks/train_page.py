@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
+from benchmarks.train_rounds import AS_IT_IS, COMPILED
 from dropsurgery.layers.drop_path import BREAK_EVEN, BREAK_EVEN_BELOW, ONEDNN_FROM
 
 NAMES = {
@@ -44,14 +45,14 @@ few channels they make an early stage take more than its share of the operations
 rule drops least there; what is outside of the branches (stem, skips, sums and what follows them,
 head, optimiser) is never saved. The time of a stage's branches is the plain step less one of the
 same network that never runs them."""
-COMPILED = """\
+ABOUT_COMPILED = """\
 `python -m benchmarks.train_compiled`: the same with every network compiled by
 `torch.compile(fullgraph=True)`, the plain one as well, {rounds} rounds in one to four processes.
 Compiled code runs what stands between the products in few passes, so that time goes by operations
 more closely. Its sizes are fixed: it computes ceil(B·p) samples of each branch, B·p being the
 ideal's; *computed* is the share of operations with these. "batch" is not here: the graph breaks
 where it draws. *not compiled* is the plain network's step without compiling."""
-AS_IT_IS = """\
+ABOUT_AS_IT_IS = """\
 `--malloc-as-it-is`, {rounds} rounds: the C library gives freed memory back, as it does without
 being told otherwise, and each page that a step takes anew costs a fault. The plain network takes
 more of them, which favours the subset beyond what it saves in operations."""
@@ -74,10 +75,10 @@ def write(results: Path) -> None:
     parts += ["## In sum", summary(document)]
     for final in ("0.5", "0.8"):
         parts += [f"## p_L = {final}", steps_table(steps, final)]
-    if "compiled" in document:
-        parts += ["## Compiled", compiled_table(document["compiled"], COMPILED)]
-    if "compiled, malloc as it is" in document:
-        parts.append(compiled_table(document["compiled, malloc as it is"], AS_IT_IS))
+    if COMPILED in document:
+        parts += ["## Compiled", compiled_table(document[COMPILED], ABOUT_COMPILED)]
+    if AS_IT_IS in document:
+        parts.append(compiled_table(document[AS_IT_IS], ABOUT_AS_IT_IS))
     parts += ["## Operations and time", CAUSES.replace("\n", " "), stages_table(steps)]
     if "by batch" in document:
         parts += ["## What a sample costs in smaller batches", by_batch_table(document["by batch"])]
@@ -141,7 +142,7 @@ def compiled_table(found: dict[str, Any], about: str) -> str:
                     final,
                     f"{row['ratio']:.3f}" if row else "",
                     f"{entry['ratio']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})",
-                    *(f"{entry[key]:.3f}" for key in keys if key in entry),
+                    *(f"{entry[key]:.3f}" for key in keys),
                     f"{entries['not compiled']['ratio']:.2f}" if final == "0.5" else "",
                 )
             )
@@ -186,8 +187,8 @@ def summary(document: dict[str, Any]) -> str:
     steps = document["steps"]
     lines = []
     for title, names, limit in LIMITS:
-        lines += within(document.get("compiled", {}), names, f"Compiled, {title}", limit)
-        found = document.get("compiled, malloc as it is", {})
+        lines += within(document.get(COMPILED, {}), names, f"Compiled, {title}", limit)
+        found = document.get(AS_IT_IS, {})
         lines += within(found, names, f"Compiled, malloc as it is, {title}", limit)
         lines += within(steps, names, f"Eager, {title}", limit)
         lines += within(steps, names, f"Eager, {title}", limit, " by time")
@@ -216,7 +217,7 @@ def summary(document: dict[str, Any]) -> str:
             f"- batch mode over {ideal}, mean over all cases: {statistics.fmean(over):.3f} "
             f"(asked: at most 1.04 of the ideal; from {min(over):.3f} to {max(over):.3f})."
         )
-    for title, found in (("Eager", steps), ("Compiled", document.get("compiled", {}))):
+    for title, found in (("Eager", steps), ("Compiled", document.get(COMPILED, {}))):
         lines.append(f"- {title}, subset slower than the plain network: {slower(found)}.")
     lines += ["- " + " ".join(NO_GPU.split("\n"))]
     return "\n".join(lines)

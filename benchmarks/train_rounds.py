@@ -16,6 +16,8 @@ import torch
 from benchmarks.train_networks import Step
 
 RESULTS = Path("docs/train_step.json")
+# Its sections of compiled steps.
+COMPILED, AS_IT_IS = "compiled", "compiled, malloc as it is"
 FINAL = (0.5, 0.8)
 # At these batch sizes both rates are measured, at the others p_L = 0.5 alone.
 BOTH_RATES = (16, 64)

@@ -44,6 +44,7 @@ from benchmarks.train_networks import (
     dinov2,
     inputs_of,
     retrofitted,
+    share_run,
     where_of,
     without,
 )
@@ -114,9 +115,7 @@ class Bench:
 
     def ideal(self, key: str, runs: dict[str, float]) -> float:
         """Return the share of the forward's operations that is run."""
-        compute = self.computes[key]
-        saved = sum(site.flops * (1.0 - runs[site.path]) for site in compute.sites)
-        return 1.0 - saved / compute.total
+        return share_run(self.computes[key], runs)
 
     def ideal_by_time(self, key: str, runs: dict[str, float], shares: dict[str, float]) -> float:
         """Return the same, with the share of the plain step's time that each stage takes."""

@@ -226,7 +226,7 @@ def test_convolutions_of_one_pixel_are_not_given_few_samples(
 ) -> None:
     """On one thread torch computes fewer than 16 of them more slowly, compiled too."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    net = ds.retrofit(nn.Sequential(Pixels()), 0.8, mode="subset").train()
+    net = ds.retrofit(nn.Sequential(Small(nn.Conv2d(4, 4, 1))), 0.8, mode="subset").train()
     counts: list[int] = []
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -255,38 +255,21 @@ class Seen(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-class Pixels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.one(x).tanh()
-
-
 class Small(nn.Module):
     """One branch, so that the real compiler has little to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, one: nn.Module | None = None) -> None:
         super().__init__()
-        self.one = nn.Linear(4, 4)
+        self.one = one or nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.one(x).tanh()
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.one(x).tanh())
 
 
 def blocks() -> nn.Module:
     """Two branches with a ReLU between their sums."""
-    return nn.Sequential(Block(), Block())
+    small = [Small(nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2)]
+    return nn.Sequential(small[0], nn.ReLU(), small[1], nn.ReLU())
 
 
 # Importing the compiler's own modules warns.

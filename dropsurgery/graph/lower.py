@@ -107,6 +107,11 @@ class _Program:
             for node in (*region.nodes, call):
                 self.owners[node] = [*outer, call]
         self.adds = {region.add: call for call, region in self.calls.items()}
+        # What a block's skip leads from, and the identities and projections on the way.
+        self.forks = {call: self._fork(region.skip) for call, region in self.calls.items()}
+        self.readers: dict[fx.Node, fx.Node] = {}  # by what their skips lead from
+        for call, way in self.forks.items():
+            self.readers.setdefault(way[0], call)
         self.inside = inside
         for call, region in self.calls.items():
             if self.layer(call).mode == "batch":
@@ -141,22 +146,21 @@ class _Program:
             return None
         value = users[0]
         between = (value,) if value.op == "call_module" else ()
-        after = next((other for other in self.calls if self.fork(other)[0] is value), None)
+        after = self.readers.get(value)
         if after is None or not self.alone(after) or self.is_batch(call):
             return None
         region, following = self.calls[call], self.calls[after]
         together = self.owners.get(region.add) == self.owners.get(following.add)
         alike = self.layer(call).axis == self.layer(after).axis and not region.in_place
-        return (after, (*between, *self.fork(after)[1:])) if together and alike else None
+        return (after, (*between, *self.forks[after][1:])) if together and alike else None
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return self._type(node) is nn.ReLU
         return node.target in _RELU
 
-    def fork(self, call: fx.Node) -> tuple[fx.Node, ...]:
-        """Return what a block's skip leads from, and the identities and projections on the way."""
-        way: tuple[fx.Node, ...] = (self.calls[call].skip,)
+    def _fork(self, skip: fx.Node) -> tuple[fx.Node, ...]:
+        way: tuple[fx.Node, ...] = (skip,)
         while way[0].op == "call_module" and len(way[0].users) == 1:
             if self._type(way[0]) not in (nn.Identity, *_PROJECTIONS):
                 break
@@ -165,14 +169,14 @@ class _Program:
 
     def projects(self, call: fx.Node) -> bool:
         """Say whether there is more than identities on a block's skip."""
-        return any(self._type(node) is not nn.Identity for node in self.fork(call)[1:])
+        return any(self._type(node) is not nn.Identity for node in self.forks[call][1:])
 
     def _type(self, node: fx.Node) -> type:
         return type(self.module.get_submodule(str(node.target)))
 
     def alone(self, call: fx.Node) -> bool:
         """Say whether the rows of a branch and its add alone read the fork, as it is."""
-        region, way = self.calls[call], self.fork(call)
+        region, way = self.calls[call], self.forks[call]
         readers, order = {*self.inside[call], *way[1:], region.add}, self.memory.order
         if self.is_batch(call) or region.in_place or not readers.issuperset(way[0].users):
             return False
@@ -277,7 +281,7 @@ class _Builder:
         if value in region.gathered:
             rows, seen = self._rows(value, region.gathered[value], chain), self.see(value, outer)
             axis = region.gathered[value]
-            if value is self.program.fork(call)[0] and self._is_turned(call):
+            if value is self.program.forks[call][0] and self._is_turned(call):
                 first, projects = self.starts.get(value, 0), self.program.projects(call)
                 self.orders[call] = order = self._function(_order, rows, first, projects)
                 parts = self._function(split_rows, seen, rows, axis, order)
@@ -337,13 +341,14 @@ class _Builder:
         drawn = self._rows(value, axis, (*chain, after))
         projects = self.program.projects(after)
         start = self._function(_first, self.rows[call], drawn, projects, *modules)
-        self.starts[self.program.fork(after)[0]] = start
+        self.starts[self.program.forks[after][0]] = start
         return start
 
     def _is_turned(self, call: fx.Node) -> bool:
         """Say whether a block's fork, or the gradient of its sum, may be turned around."""
-        turned = self.program.fork(call)[0] in self.starts or self.program.follows(call) is not None
-        return turned and self.program.alone(call)
+        program = self.program
+        turned = program.forks[call][0] in self.starts or program.follows(call) is not None
+        return turned and program.alone(call)
 
     def _base(self, value: fx.Node) -> fx.Node:
         """Return a value as it is outside of every region that this builder writes."""

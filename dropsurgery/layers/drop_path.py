@@ -153,9 +153,10 @@ class DropPath(nn.Module):
             return None
         batch, keep = x.shape[axis], 1.0 - self.drop_prob
         scale = 1.0 / keep if keep > 0.0 else 0.0
+        cpu = x.device.type == "cpu"
+        pixelwise = pixelwise and cpu
         if not torch.compiler.is_compiling():
-            cpu = x.device.type == "cpu"
-            if self.mode != "subset" or self.run(batch, pixelwise and cpu) == batch:
+            if self.run(batch, pixelwise) == batch:
                 return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
             first, count, last = self._window(batch)
             small = SMALL if batch < _LARGE_BATCH else SMALL // 4
@@ -165,7 +166,6 @@ class DropPath(nn.Module):
             return Rows(index.remainder_(batch), last=last, scale=scale)
         # Compiled, a question about the rate would be a guard, and each site would have code
         # compiled again where its answer changes. A subset of all B rows is right too.
-        pixelwise &= x.device.type == "cpu"
         if self.mode != "subset" or self.below_break_even(batch, pixelwise, self.peak):
             return Rows(mask=self._mask(x, 1 if self.mode == "batch" else batch, torch.float32))
         count = self._count_compiled(batch)
@@ -209,10 +209,10 @@ class DropPath(nn.Module):
 
     def run(self, batch: int, pixelwise: bool = False) -> float:
         """Return for how many it is in expectation, in eager code."""
-        count = self.count(batch, pixelwise)
-        if count <= _FEWEST or self.mode != "subset" or self.below_break_even(batch, pixelwise):
-            return count
-        return batch * (1.0 - self.drop_prob)
+        if self.mode != "subset" or self.below_break_even(batch, pixelwise):
+            return batch
+        most = self._most(batch)
+        return most if most <= _FEWEST else batch * (1.0 - self.drop_prob)
 
     def _most(self, batch: int) -> int:
         # The tolerance is for products such as 10 · 0.7, which floats do not hold.

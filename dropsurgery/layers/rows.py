@@ -150,16 +150,7 @@ def add_rows(
         return skip.add_(branch) if in_place else skip + branch
     if rows.mask is not None:
         mask = along(rows.mask, branch, axis).to(branch.dtype)
-        if skip.shape == branch.shape and skip.dtype == branch.dtype:  # no product of its own
-            over = over and branch.numel() > SMALL and not torch.compiler.is_compiling()
-            if over and not in_place:
-                total = _AddMasked.apply(branch, skip, mask)
-            else:
-                add = Tensor.addcmul_ if in_place else torch.addcmul
-                total = add(skip, branch, mask)
-        else:
-            total = skip.add_(branch * mask) if in_place else skip + branch * mask
-        return turn(total, axis, 0, to)
+        return turn(_add_masked(skip, branch, mask, in_place, over), axis, 0, to)
     if axis != 0 or skip.dtype != branch.dtype or skip.shape[1:] != branch.shape[1:]:
         skip, branch = _alike(skip, branch, axis, in_place)
     if rows.traced is not None:
@@ -184,6 +175,18 @@ def add_rows(
     branch = branch.movedim(1, -1) if moved else branch
     total = dense.index_add(axis, rows.index, branch, alpha=scale)
     return total.movedim(-1, 1) if moved else total
+
+
+def _add_masked(skip: Tensor, branch: Tensor, mask: Tensor, in_place: bool, over: bool) -> Tensor:
+    """Return skip + branch · mask, without a product of its own where shapes and dtypes allow."""
+    if skip.shape != branch.shape or skip.dtype != branch.dtype:
+        return skip.add_(branch * mask) if in_place else skip + branch * mask
+    if in_place:
+        return skip.addcmul_(branch, mask)
+    if over and branch.numel() > SMALL and not torch.compiler.is_compiling():
+        total: Tensor = _AddMasked.apply(branch, skip, mask)
+        return total
+    return torch.addcmul(skip, branch, mask)
 
 
 def _weighted(branch: Tensor, rows: Rows, axis: int) -> Tensor:
